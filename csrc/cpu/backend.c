@@ -1,0 +1,94 @@
+/* backend.c: memory, and the choice of the level. */
+#include <stdio.h>
+
+#include "../base/cpuid.h"
+#include "../base/os.h"
+#include "cpu.h"
+
+void *pm_cpu_alloc(pm_ctx *ctx, size_t bytes)
+{
+    (void)ctx;
+    return pm_os_alloc(bytes);
+}
+
+void pm_cpu_free(pm_ctx *ctx, void *memory, size_t bytes)
+{
+    (void)ctx;
+    if (memory)
+        pm_os_free(memory, bytes);
+}
+
+pm_status pm_cpu_copy(pm_ctx *ctx, void *to, const void *from, size_t bytes)
+{
+    (void)ctx;
+    if (bytes)
+        memcpy(to, from, bytes);
+    return PM_OK;
+}
+
+#define ZERO_BLOCK ((int64_t)1 << 20)
+typedef struct {
+    char *memory;
+    int64_t bytes;
+} zero_job;
+
+static void zero_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    zero_job *job = arg;
+    int64_t at = task * ZERO_BLOCK;
+    memset(job->memory + at, 0, (size_t)pm_min(ZERO_BLOCK, job->bytes - at));
+}
+
+pm_status pm_cpu_zero(pm_ctx *ctx, void *memory, size_t bytes)
+{
+    zero_job job = {memory, (int64_t)bytes};
+    pm_parallel(ctx->pool, pm_blocks(job.bytes, ZERO_BLOCK), zero_task, &job);
+    return PM_OK;
+}
+
+pm_status pm_cpu_sync(pm_ctx *ctx)
+{
+    (void)ctx;
+    return PM_OK;
+}
+
+extern const pm_backend pm_cpu_generic;
+#if defined(__x86_64__)
+extern const pm_backend pm_cpu_avx2, pm_cpu_avx512;
+#endif
+
+/* Best first. */
+static const pm_backend *const levels[] = {
+#if defined(__x86_64__)
+    &pm_cpu_avx512,
+    &pm_cpu_avx2,
+#endif
+    &pm_cpu_generic,
+};
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+const pm_backend *pm_cpu_backend(const char *level, char *message, size_t message_bytes)
+{
+    const char *asked_by = "level";
+    if (!level) {
+        level = getenv("PROMOE_CPU");
+        asked_by = "PROMOE_CPU";
+    }
+    if (level && *level) {
+        for (int i = 0; i < LEVELS; i++)
+            if (!strcmp(levels[i]->level, level)) {
+                if (pm_cpu_has(level))
+                    return levels[i];
+                snprintf(message, message_bytes, "%s=%s, but this CPU does not have it", asked_by, level);
+                return NULL;
+            }
+        snprintf(message, message_bytes, "%s=%s is not a level: one of generic, avx2, avx512", asked_by,
+                 level);
+        return NULL;
+    }
+    for (int i = 0; i < LEVELS; i++)
+        if (pm_cpu_has(levels[i]->level))
+            return levels[i];
+    return &pm_cpu_generic;
+}

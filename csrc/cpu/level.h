@@ -1,0 +1,62 @@
+/* level.h: the body of one instruction-set level. cpu/levels/<level>.c defines PM_LEVEL and PM_WIDTH,
+ * sets the target, and includes this file: every op is written once, over the vector type of simd.h,
+ * and compiled once per level. Everything is static but the table at the end. (One pragma per level
+ * instead of compiler flags per file, which setuptools does not have.) */
+
+#include "simd.h"
+
+#include "product.h"
+
+#include "gaussian_noise.c"
+#include "rectified_flow.c"
+
+#include "patch_embed.c"
+#include "timestep_embedding.c"
+#include "linear.c"
+#include "label_embedding.c"
+#include "silu.c"
+
+#include "residual_layernorm_modulate.c"
+#include "attention.c"
+
+#include "conditional_routing.c"
+#include "prototypical_routing.c"
+#include "router_gate.c"
+#include "token_choice.c"
+#include "routing_plan.c"
+#include "routing_contrastive_loss.c"
+#include "load_balance_loss.c"
+
+#include "experts.c"
+
+#include "unpatchify.c"
+#include "mse_loss.c"
+
+#include "grad_norm.c"
+#include "adamw.c"
+#include "euler_step.c"
+
+#define PM_PASTE(a, b) a##b
+#define PM_NAME(a, b) PM_PASTE(a, b)
+#define PM_WORDS(a) #a
+#define PM_TEXT(a) PM_WORDS(a)
+
+#define PM_BACKWARD_FORWARD(op) NULL
+#define PM_BACKWARD_BOTH(op) op##_backward
+const pm_backend PM_NAME(pm_cpu_, PM_LEVEL) = {
+    .name = "cpu",
+    .level = PM_TEXT(PM_LEVEL),
+    .alloc = pm_cpu_alloc,
+    .free = pm_cpu_free,
+    .write = pm_cpu_copy,
+    .read = pm_cpu_copy,
+    .copy = pm_cpu_copy,
+    .zero = pm_cpu_zero,
+    .sync = pm_cpu_sync,
+    .derived_bytes = product_derived_bytes,
+    .derive = product_derive,
+#define PM_OP(op, OP, direction)                                                                   \
+    .op = {op##_forward, PM_BACKWARD_##direction(op), op##_workspace},
+#include "../ops.def"
+#undef PM_OP
+};

@@ -1,0 +1,129 @@
+/* simd.h: one vector type of PM_WIDTH floats and the few operations that the ops need.
+ *
+ * Written with the compiler's vector extensions, so every width compiles for every target; where
+ * the level's own instructions do better, they are used. Included once per level, by cpu/level.h.
+ * Contraction is off in the whole project: a fused multiply-add is written fma. */
+#ifndef PM_WIDTH
+#error "include cpu/level.h"
+#endif
+
+typedef float vf __attribute__((vector_size(4 * PM_WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * PM_WIDTH)));
+typedef float vf_loose __attribute__((vector_size(4 * PM_WIDTH), aligned(4), may_alias));
+
+static inline vf v_load(const float *p) { return *(const vf_loose *)p; }
+static inline void v_store(float *p, vf x) { *(vf_loose *)p = x; }
+static inline vf v_set(float x) { return x - (vf){0}; }
+static inline vf v_zero(void) { return (vf){0}; }
+
+#if PM_WIDTH == 16 && defined(__AVX512F__)
+static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vf v_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf v_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf v_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
+static inline vf v_round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 8); }
+static inline void v_stream(float *p, vf x) { _mm512_stream_ps(p, (__m512)x); }
+#elif PM_WIDTH == 8 && defined(__AVX2__) && defined(__FMA__)
+static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf v_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf v_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf v_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
+static inline vf v_round(vf a) { return (vf)_mm256_round_ps((__m256)a, 8); }
+static inline void v_stream(float *p, vf x) { _mm256_stream_ps(p, (__m256)x); }
+#else
+static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
+static inline vf v_max(vf a, vf b)
+{
+    vi m = a > b; /* like maxps: b when either is NaN */
+    return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+static inline vf v_min(vf a, vf b)
+{
+    vi m = a < b;
+    return (vf)((m & (vi)a) | (~m & (vi)b));
+}
+static inline vf v_sqrt(vf a)
+{
+    for (int i = 0; i < PM_WIDTH; i++)
+        a[i] = sqrtf(a[i]);
+    return a;
+}
+static inline vf v_round(vf a) /* to nearest even, |a| < 2^22 */
+{
+    const vf big = v_set(12582912.0f);
+    return (a + big) - big;
+}
+static inline void v_stream(float *p, vf x) { v_store(p, x); }
+#endif
+
+/* The first n of PM_WIDTH floats (0 < n <= PM_WIDTH); the rest reads as 0 and is not touched. */
+static inline vf v_load_n(const float *p, int64_t n)
+{
+    float t[PM_WIDTH] = {0};
+    memcpy(t, p, (size_t)n * sizeof(float));
+    return v_load(t);
+}
+static inline void v_store_n(float *p, vf x, int64_t n)
+{
+    float t[PM_WIDTH];
+    v_store(t, x);
+    memcpy(p, t, (size_t)n * sizeof(float));
+}
+
+/* Lanes are added pairwise, in a fixed order. */
+static inline float v_sum(vf x)
+{
+    float t[PM_WIDTH];
+    v_store(t, x);
+    for (int n = PM_WIDTH / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; i++)
+            t[i] += t[i + n];
+    return t[0];
+}
+static inline float v_max_lane(vf x)
+{
+    float t[PM_WIDTH];
+    v_store(t, x);
+    for (int n = PM_WIDTH / 2; n >= 1; n /= 2)
+        for (int i = 0; i < n; i++)
+            t[i] = t[i] > t[i + n] ? t[i] : t[i + n];
+    return t[0];
+}
+
+/* exp with relative error about 1e-7; clamped to [-87.3, 88.7], so never denormal nor infinite; NaN
+ * stays NaN. Cody-Waite reduction, then a polynomial on [-ln2/2, ln2/2]. */
+static inline vf v_exp(vf x)
+{
+    vi nan = x != x;
+    vf y = v_max(v_min(x, v_set(88.7f)), v_set(-87.3f));
+    vf n = v_round(y * v_set(1.44269504f));
+    vf r = v_fma(n, v_set(-0.693359375f), y);
+    r = v_fma(n, v_set(2.12194440e-4f), r);
+    vf p = v_set(1.9875691500e-4f);
+    p = v_fma(p, r, v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_fma(p, r * r, r) + v_set(1.0f);
+    vi half = __builtin_convertvector(n, vi) >> 1; /* two factors: n may be 128 */
+    vi rest = __builtin_convertvector(n, vi) - half;
+    vf e = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+    return (vf)((nan & (vi)x) | (~nan & (vi)e));
+}
+
+static inline vf v_sigmoid(vf x) { return v_set(1.0f) / (v_set(1.0f) + v_exp(-x)); }
+
+/* GELU, tanh form: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), and its derivative. */
+static inline vf v_gelu(vf x)
+{
+    vf u = x * v_fma(x * x, v_set(0.0713548162726f), v_set(1.59576912161f));
+    return x * v_sigmoid(u);
+}
+static inline vf v_dgelu(vf x)
+{
+    vf x2 = x * x;
+    vf s = v_sigmoid(x * v_fma(x2, v_set(0.0713548162726f), v_set(1.59576912161f)));
+    vf du = v_fma(x2, v_set(0.2140644488178f), v_set(1.59576912161f));
+    return v_fma(x * s * (v_set(1.0f) - s), du, s);
+}

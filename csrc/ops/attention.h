@@ -1,0 +1,20 @@
+/* attention: y = softmax(q k^T / sqrt(K)) v for each image and head, no mask (methods.md 1.3).
+ *
+ * qkv rows are [q | k | v], each H heads of K (any K >= 1, any T >= 1). With qk-norm, q and k of each head go
+ * through LayerNorm over K with affine weight and bias, eps 1e-6 (all four given, or none).
+ * lse[b, h, t] = log sum exp of the scaled scores: backward recomputes the probabilities from it. */
+#ifndef PM_OPS_ATTENTION_H
+#define PM_OPS_ATTENTION_H
+#define PM_ATTENTION(X)                                                                            \
+    X(DIM, B)                                                                                      \
+    X(DIM, T)                                                                                      \
+    X(DIM, H)                                                                                      \
+    X(DIM, K)                                                                                      \
+    X(IN, qkv, act, "B*T,3*H*K", SET)                                                              \
+    X(OPT, q_weight, f32, "K", ADD)                                                                \
+    X(OPT, q_bias, f32, "K", ADD)                                                                  \
+    X(OPT, k_weight, f32, "K", ADD)                                                                \
+    X(OPT, k_bias, f32, "K", ADD)                                                                  \
+    X(OUT, y, act, "B*T,H*K", GRAD)                                                                \
+    X(SAVED, lse, f32, "B,H,T")
+#endif

@@ -1,0 +1,32 @@
+/* residual_layernorm_modulate: the residual stream, its LayerNorm, and the adaLN modulation, in one
+ * pass over the tokens (DiT adaLN-Zero; methods.md 1.3).
+ *
+ *   xo = x + gate * branch              (branch NULL: xo = x; xo may be NULL then)
+ *   xhat = (xo - mean) * rstd           over D, variance biased, rstd = 1/sqrt(var + eps)
+ *   y = xhat * (1 + scale) + shift      (scale and shift NULL: y = xhat)
+ *
+ * gate, shift and scale have one row per image, at distance gate_ld and mod_ld (they are columns of a
+ * wider adaLN projection). gate NULL: 1.
+ * backward, with dxo the gradient that reaches the residual stream from above (NULL: zero):
+ *   dx = dxo + (LayerNorm backward of dy);  dbranch = gate * dx;  dgate = sum_T dx * branch;
+ *   dshift = sum_T dy;  dscale = sum_T dy * xhat       (=, one row per image)
+ * dx may alias dxo; xo may alias x. */
+#ifndef PM_OPS_RESIDUAL_LAYERNORM_MODULATE_H
+#define PM_OPS_RESIDUAL_LAYERNORM_MODULATE_H
+#define PM_RESIDUAL_LAYERNORM_MODULATE(X)                                                          \
+    X(DIM, B)                                                                                      \
+    X(DIM, T)                                                                                      \
+    X(DIM, D)                                                                                      \
+    X(LD, gate_ld, D)                                                                              \
+    X(LD, mod_ld, D)                                                                               \
+    X(IN, x, act, "B*T,D", SET)                                                                    \
+    X(OPT, branch, act, "B*T,D", SET)                                                              \
+    X(OPT, gate, act, "B,D", SET)                                                                  \
+    X(OPT, shift, act, "B,D", SET)                                                                 \
+    X(OPT, scale, act, "B,D", SET)                                                                 \
+    X(OUT, xo, act, "B*T,D", MAYBE)                                                                \
+    X(OUT, y, act, "B*T,D", GRAD)                                                                  \
+    X(SAVED, mean, f32, "B*T")                                                                     \
+    X(SAVED, rstd, f32, "B*T")                                                                     \
+    X(REAL, eps, 1e-6)
+#endif

@@ -1,0 +1,174 @@
+/* promoe.h: the one header that every part of the core shares.
+ *
+ * promoe computes a ProMoE diffusion transformer (arXiv 2510.24711): the training step and the
+ * sampler. This header has the status codes, the context, the argument structs of every op (made
+ * from the field lists in ops/) and the backend: ops + memory. Read ops.def next.
+ */
+#ifndef PROMOE_H
+#define PROMOE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---------------------------------------------------------------- status */
+
+typedef enum {
+    PM_OK = 0,
+    PM_EINVAL,    /* a wrong argument: ValueError */
+    PM_EDATA,     /* data that must be finite is not: ValueError, and nothing changed */
+    PM_ENOMEM,    /* out of memory: MemoryError */
+    PM_EINTR,     /* the caller's poll asked to stop: KeyboardInterrupt */
+    PM_EINTERNAL, /* a fault of promoe: RuntimeError */
+} pm_status;
+
+typedef struct pm_pool pm_pool;       /* base/threads.h */
+typedef struct pm_backend pm_backend; /* below */
+
+/* One per caller. An op writes its message here and nowhere else. */
+typedef struct pm_ctx {
+    const pm_backend *backend;
+    pm_pool *pool;
+    int (*poll)(void *); /* non-zero: stop as soon as nothing is half done; NULL: never */
+    void *poll_arg;
+    char message[512]; /* why the last call failed */
+} pm_ctx;
+
+/* Formats the message and returns status. */
+pm_status pm_fail(pm_ctx *ctx, pm_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+#define PM_TRY(call)                                                                               \
+    do {                                                                                           \
+        pm_status pm_try_status = (call);                                                          \
+        if (pm_try_status != PM_OK)                                                                \
+            return pm_try_status;                                                                  \
+    } while (0)
+
+/* ---------------------------------------------------------------- ops */
+
+/* A weight matrix (rows F = outputs, columns D = inputs, row-major) and, when the backend has one,
+ * its derived twin (packed panels on a CPU, a bf16 shadow on a GPU). derived may be NULL: then the
+ * op derives what it needs into its scratch. */
+typedef struct {
+    const float *w;
+    const void *derived;
+} pm_weight;
+
+/* What the type classes of a field list are in C. */
+#define PM_CTYPE_act float /* activations: the compute type (f32 today) */
+#define PM_CTYPE_f32 float
+#define PM_CTYPE_f64 double
+#define PM_CTYPE_i32 int32_t
+#define PM_CTYPE_i64 int64_t
+
+#define PM_IN_act const float *
+#define PM_IN_f32 const float *
+#define PM_IN_f64 const double *
+#define PM_IN_i32 const int32_t *
+#define PM_IN_i64 const int64_t *
+#define PM_IN_weight pm_weight
+
+/* A field list is a macro that takes one macro X and calls it once per field, in order:
+ *
+ *   X(DIM,   N)                         a 64-bit dimension; deduced from shapes or given by the caller
+ *   X(LD,    ld, D)                     distance between rows of a strided matrix; D when dense
+ *   X(IN,    name, type, "shape", grad) an input. grad: SET (gradient written, =), ADD (gradient
+ *                                       accumulated, +=) or NONE (has no gradient)
+ *   X(OPT,   name, type, "shape", grad) an input that may be NULL
+ *   X(OUT,   name, type, "shape", grad) an output. grad: GRAD (backward reads its gradient), MAYBE
+ *                                       (the same, and it may be NULL = zero) or NONE
+ *   X(SAVED, name, type, "shape")       an output that only backward needs (NULL when there will be
+ *                                       no backward)
+ *   X(INOUT, name, type, "shape")       updated in place;  X(INOPT, ...) the same, and may be NULL
+ *   X(INT,   name, default)  X(REAL, name, default)  X(ENUM, name, "a|b|c", default)
+ *
+ * A shape is a comma-separated list of sums of products of dims and integers: "B*T,3*D", "G+1".
+ * From one list come the struct below, the array checks of promoe.ops and its docstrings. */
+#define PM_ARGS_FIELD(kind, ...) PM_ARGS_##kind(__VA_ARGS__)
+#define PM_ARGS_DIM(name) int64_t name;
+#define PM_ARGS_LD(name, dense) int64_t name;
+#define PM_ARGS_IN(name, type, shape, grad) PM_IN_##type name;
+#define PM_ARGS_OPT(name, type, shape, grad) PM_IN_##type name;
+#define PM_ARGS_OUT(name, type, shape, grad) PM_CTYPE_##type *name;
+#define PM_ARGS_SAVED(name, type, shape) PM_CTYPE_##type *name;
+#define PM_ARGS_INOUT(name, type, shape) PM_CTYPE_##type *name;
+#define PM_ARGS_INOPT(name, type, shape) PM_CTYPE_##type *name;
+#define PM_ARGS_INT(name, value) int64_t name;
+#define PM_ARGS_REAL(name, value) double name;
+#define PM_ARGS_ENUM(name, words, value) int name;
+
+/* The gradients: dx for each input x with SET or ADD (NULL: not wanted), and dy for each output y
+ * with GRAD or MAYBE (read). */
+#define PM_GRADS_FIELD(kind, ...) PM_GRADS_##kind(__VA_ARGS__)
+#define PM_GRADS_DIM(name)
+#define PM_GRADS_LD(name, dense)
+#define PM_GRADS_IN(name, type, shape, grad) PM_GRADS_IN_##grad(name)
+#define PM_GRADS_OPT(name, type, shape, grad) PM_GRADS_IN_##grad(name)
+#define PM_GRADS_OUT(name, type, shape, grad) PM_GRADS_OUT_##grad(name)
+#define PM_GRADS_SAVED(name, type, shape)
+#define PM_GRADS_INOUT(name, type, shape)
+#define PM_GRADS_INOPT(name, type, shape)
+#define PM_GRADS_INT(name, value)
+#define PM_GRADS_REAL(name, value)
+#define PM_GRADS_ENUM(name, words, value)
+#define PM_GRADS_IN_SET(name) float *d##name;
+#define PM_GRADS_IN_ADD(name) float *d##name;
+#define PM_GRADS_IN_NONE(name)
+#define PM_GRADS_OUT_GRAD(name) const float *d##name;
+#define PM_GRADS_OUT_MAYBE(name) const float *d##name;
+#define PM_GRADS_OUT_NONE(name)
+
+#include "ops/all.h" /* every ops/<op>.h: the contracts and field lists */
+
+/* pm_<op>_args and pm_<op>_grads. Forward and backward take the same args: what forward saved is
+ * visible to backward. */
+#define PM_OP(op, OP, direction)                                                                   \
+    typedef struct {                                                                               \
+        PM_##OP(PM_ARGS_FIELD)                                                                     \
+    } pm_##op##_args;                                                                              \
+    typedef struct {                                                                               \
+        PM_##OP(PM_GRADS_FIELD) void *reserved; /* keeps the struct of an op without gradients legal */ \
+    } pm_##op##_grads;
+#include "ops.def"
+#undef PM_OP
+
+/* ---------------------------------------------------------------- backend */
+
+/* A backend is ops + memory. model/ and python/ know nothing else of it, and no code outside a
+ * backend dereferences backend memory.
+ *
+ * forward and backward need `scratch`: workspace() bytes, aligned to 64, contents undefined.
+ * An op never allocates, prints or keeps state; it polls nothing and always finishes. */
+struct pm_backend {
+    const char *name;  /* "cpu" */
+    const char *level; /* instruction set: "generic", "avx2", "avx512" */
+
+    void *(*alloc)(pm_ctx *ctx, size_t bytes); /* zeroed, aligned to 64; NULL when out of memory */
+    void (*free)(pm_ctx *ctx, void *memory, size_t bytes);
+    pm_status (*write)(pm_ctx *ctx, void *to, const void *host, size_t bytes);
+    pm_status (*read)(pm_ctx *ctx, void *host, const void *from, size_t bytes);
+    pm_status (*copy)(pm_ctx *ctx, void *to, const void *from, size_t bytes);
+    pm_status (*zero)(pm_ctx *ctx, void *memory, size_t bytes);
+    pm_status (*sync)(pm_ctx *ctx);
+
+    /* Derived weights: bytes for an (F, D) weight, a multiple of 64, and making them from w. */
+    size_t (*derived_bytes)(int64_t F, int64_t D);
+    pm_status (*derive)(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived);
+
+#define PM_OP(op, OP, direction)                                                                   \
+    struct {                                                                                       \
+        pm_status (*forward)(pm_ctx *ctx, const pm_##op##_args *args, void *scratch);              \
+        pm_status (*backward)(pm_ctx *ctx, const pm_##op##_args *args,                             \
+                              const pm_##op##_grads *grads, void *scratch);                        \
+        size_t (*workspace)(const pm_ctx *ctx, const pm_##op##_args *args, bool backward);         \
+    } op;
+#include "ops.def"
+#undef PM_OP
+};
+
+/* The CPU backend at a level ("generic", "avx2", "avx512"), or at the best one that this CPU has and
+ * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent. */
+const pm_backend *pm_cpu_backend(const char *level, char *message, size_t message_bytes);
+
+#endif

@@ -1,0 +1,54 @@
+"""Builds promoe._core: the C core and the extension, with nothing but a C compiler and NumPy."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = sorted(
+    glob("csrc/base/*.c")
+    + ["csrc/cpu/backend.c"]
+    + glob("csrc/cpu/levels/*.c")  # these include cpu/<op>.c, once per instruction-set level
+    + glob("csrc/model/*.c")
+    + glob("csrc/python/*.c")
+)
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/ops.def") + glob("csrc/cpu/*.c"))
+
+
+class ParallelBuild(build_ext):
+    """Compiles the files of the extension side by side, one per CPU."""
+
+    def build_extensions(self):
+        compile_one_by_one = self.compiler.compile
+
+        def compile_side_by_side(sources, **keywords):
+            jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            with ThreadPoolExecutor(jobs or 1) as pool:
+                objects = pool.map(lambda source: compile_one_by_one([source], **keywords), sources)
+                return [o for group in objects for o in group]
+
+        self.compiler.compile = compile_side_by_side
+        super().build_extensions()
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "promoe._core",
+            sources=SOURCES,
+            depends=HEADERS,
+            include_dirs=[numpy.get_include()],
+            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION"),
+                           ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION")],
+            extra_compile_args=[
+                "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+                "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-psabi",
+            ] + os.environ.get("PROMOE_CFLAGS", "").split(),
+            extra_link_args=["-pthread", "-lm"] + os.environ.get("PROMOE_LDFLAGS", "").split(),
+        )
+    ],
+    cmdclass={"build_ext": ParallelBuild},
+)
