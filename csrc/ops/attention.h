@@ -1,7 +1,8 @@
 /* attention: y = softmax(q k^T / sqrt(K)) v for each image and head, no mask (methods.md 1.3).
  *
  * qkv rows are [q | k | v], each H heads of K (any K >= 1, any T >= 1). With qk-norm, q and k of each head go
- * through LayerNorm over K with affine weight and bias, eps 1e-6 (all four given, or none).
+ * through LayerNorm over K with affine weight and bias and eps (all four given, or none); the public ProMoE code
+ * has 1e-5 there.
  * lse[b, h, t] = log sum exp of the scaled scores: backward recomputes the probabilities from it. */
 #ifndef PM_OPS_ATTENTION_H
 #define PM_OPS_ATTENTION_H
@@ -16,5 +17,6 @@
     X(OPT, k_weight, f32, "K", ADD)                                                                \
     X(OPT, k_bias, f32, "K", ADD)                                                                  \
     X(OUT, y, act, "B*T,H*K", GRAD)                                                                \
-    X(SAVED, lse, f32, "B,H,T")
+    X(SAVED, lse, f32, "B,H,T")                                                                    \
+    X(REAL, eps, 1e-5)
 #endif
