@@ -1,19 +1,169 @@
 /* linear: contract in ops/linear.h. */
 
+typedef struct {
+    const pm_linear_args *g;
+    const pm_linear_grads *d;
+    product_grid grid;
+    const float *panels; /* of the weight, forward or backward */
+    const float *dpre;   /* (N, F): dy * act'(pre); dy itself when there is no activation */
+    void *scratch;       /* worker_bytes for each worker */
+    size_t worker_bytes;
+} linear_job;
+
+/* The finish callback's view of a task. */
+typedef struct {
+    const linear_job *job;
+    int64_t row0; /* first row of the task's block */
+} linear_block;
+
+/* Cuts used by workspace() and by the passes alike. */
+static product_grid linear_wgrad_grid(const pm_linear_args *g) { return product_grid_of(g->F, g->D, g->N); }
+
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {
-    (void)ctx, (void)g, (void)backward;
-    return 0;
+    if (!backward)
+        return g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->F, g->D) * 4);
+    size_t bytes = g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->D, g->F) * 4);
+    if (g->activation != PM_ACT_NONE)
+        bytes += pm_round64((size_t)(g->N * g->F) * 4);
+    product_grid grid = linear_wgrad_grid(g);
+    return bytes + (size_t)pm_pool_threads(ctx->pool) * product_grid_wgrad_scratch(&grid);
+}
+
+/* ---------------------------------------------------------------- forward */
+
+static inline vf linear_activate(vf x, int activation)
+{
+    return activation == PM_ACT_SILU ? x * v_sigmoid(x) : activation == PM_ACT_GELU_TANH ? v_gelu(x) : x;
+}
+
+/* y = act(pre), pre = tile + bias, while the tile is in L1. */
+static void linear_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+{
+    const linear_block *block = arg;
+    const pm_linear_args *g = block->job->g;
+    for (int64_t j = 0; j < n; j += PM_WIDTH) {
+        int64_t width = pm_min(PM_WIDTH, n - j);
+        vf bias = g->bias ? v_load_n(g->bias + col0 + j, width) : v_zero();
+        for (int i = 0; i < m; i++) {
+            int64_t at = (block->row0 + row0 + i) * g->F + col0 + j;
+            vf pre = v_load(tile + i * PM_NR + j) + bias;
+            if (g->pre && g->activation != PM_ACT_NONE)
+                v_store_n(g->pre + at, pre, width);
+            v_store_n(g->y + at, linear_activate(pre, g->activation), width);
+        }
+    }
+}
+
+static void linear_forward_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const linear_job *job = arg;
+    const pm_linear_args *g = job->g;
+    product_share s = product_share_of(&job->grid, task);
+    const float *rows[PM_ROWS];
+    for (int64_t i = 0; i < s.rows; i++)
+        rows[i] = g->x + (s.row0 + i) * g->D;
+    product_block(s.rows, rows, g->D, g->F, job->panels, s.panel0, s.panel1, linear_forward_finish,
+                  &(linear_block){job, s.row0});
 }
 
 static pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scratch)
 {
-    (void)g, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "linear: not written yet");
+    if (g->N == 0)
+        return PM_OK;
+    linear_job job = {.g = g, .grid = product_grid_of(g->N, g->F, g->D)};
+    job.panels = product_forward_of(ctx, g->weight, g->F, g->D, scratch);
+    pm_parallel(ctx->pool, product_tasks(&job.grid), linear_forward_task, &job);
+    return PM_OK;
+}
+
+/* ---------------------------------------------------------------- backward */
+
+#define LINEAR_ELEMENTS 16384 /* a task of the elementwise pass */
+
+/* dpre = dy * act'(pre) */
+static void linear_dpre_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const linear_job *job = arg;
+    const pm_linear_args *g = job->g;
+    float *dpre = (float *)job->dpre;
+    int64_t begin = task * LINEAR_ELEMENTS, end = pm_min(g->N * g->F, begin + LINEAR_ELEMENTS);
+    for (int64_t i = begin; i < end; i += PM_WIDTH) {
+        int64_t width = pm_min(PM_WIDTH, end - i);
+        vf x = v_load_n(g->pre + i, width), slope;
+        if (g->activation == PM_ACT_SILU) {
+            vf s = v_sigmoid(x);
+            slope = v_fma(x * s, v_set(1.0f) - s, s);
+        } else {
+            slope = v_dgelu(x);
+        }
+        v_store_n(dpre + i, v_load_n(job->d->dy + i, width) * slope, width);
+    }
+}
+
+/* dx = or += dpre . weight */
+static void linear_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+{
+    const linear_block *block = arg;
+    const pm_linear_args *g = block->job->g;
+    for (int i = 0; i < m; i++) {
+        float *dx = block->job->d->dx + (block->row0 + row0 + i) * g->D + col0;
+        for (int64_t j = 0; j < n; j += PM_WIDTH) {
+            int64_t width = pm_min(PM_WIDTH, n - j);
+            vf v = v_load(tile + i * PM_NR + j);
+            v_store_n(dx + j, g->dx_add ? v_load_n(dx + j, width) + v : v, width);
+        }
+    }
+}
+
+static void linear_dx_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const linear_job *job = arg;
+    const pm_linear_args *g = job->g;
+    product_share s = product_share_of(&job->grid, task);
+    const float *rows[PM_ROWS];
+    for (int64_t i = 0; i < s.rows; i++)
+        rows[i] = job->dpre + (s.row0 + i) * g->F;
+    product_block(s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1, linear_dx_finish,
+                  &(linear_block){job, s.row0});
+}
+
+/* dweight += dpre^T . x; dbias += sum of dpre. A task owns its outputs. */
+static void linear_wgrad_task(void *arg, int64_t task, int worker)
+{
+    const linear_job *job = arg;
+    const pm_linear_args *g = job->g;
+    product_share s = product_share_of(&job->grid, task);
+    int64_t d0 = s.panel0 * PM_NR, d1 = pm_min(g->D, s.panel1 * PM_NR);
+    if (job->d->dweight)
+        product_wgrad(g->N, job->dpre, g->F, g->x + d0, g->D, NULL, s.row0, s.row0 + s.rows, d1 - d0,
+                      job->d->dweight + d0, g->D, (char *)job->scratch + (size_t)worker * job->worker_bytes);
+    if (job->d->dbias && d0 == 0)
+        product_bias_grad(g->N, job->dpre, g->F, s.row0, s.row0 + s.rows, job->d->dbias);
 }
 
 static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_linear_grads *d, void *scratch)
 {
-    (void)g, (void)d, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "linear: not written yet");
+    if (g->N == 0)
+        return PM_OK;
+    linear_job job = {.g = g, .d = d, .dpre = d->dy};
+    if (g->activation != PM_ACT_NONE) {
+        job.dpre = pm_take(&scratch, (size_t)(g->N * g->F) * 4);
+        pm_parallel(ctx->pool, pm_blocks(g->N * g->F, LINEAR_ELEMENTS), linear_dpre_task, &job);
+    }
+    if (d->dx) {
+        job.panels = product_backward_of(ctx, g->weight, g->F, g->D, scratch);
+        job.grid = product_grid_of(g->N, g->D, g->F);
+        pm_parallel(ctx->pool, product_tasks(&job.grid), linear_dx_task, &job);
+    }
+    if (d->dweight || d->dbias) {
+        job.grid = linear_wgrad_grid(g);
+        job.scratch = scratch; /* the panels are no longer needed */
+        job.worker_bytes = product_grid_wgrad_scratch(&job.grid);
+        pm_parallel(ctx->pool, product_tasks(&job.grid), linear_wgrad_task, &job);
+    }
+    return PM_OK;
 }

@@ -1,19 +1,237 @@
-/* patch_embed: contract in ops/patch_embed.h. */
+/* patch_embed: contract in ops/patch_embed.h. Patches become rows of P (im2col), then it is a product. */
+
+/* A grid of patches over up to three spatial axes; unpatchify has the same. */
+typedef struct {
+    int64_t size[3], patch[3], count[3]; /* voxels, voxels per patch, patches along each axis */
+    int64_t voxels, tokens, inside;      /* products of the three */
+} patch_grid;
+
+static pm_status patch_grid_make(pm_ctx *ctx, const char *op, const int64_t size[3], const int64_t patch[3],
+                                 int64_t C, int64_t V, int64_t T, int64_t P, patch_grid *grid)
+{
+    *grid = (patch_grid){.voxels = 1, .tokens = 1, .inside = 1};
+    for (int i = 0; i < 3; i++) {
+        if (size[i] < 1 || size[i] > V || patch[i] < 1 || size[i] % patch[i])
+            return pm_fail(ctx, PM_EINVAL, "%s: s%d=%lld must be a positive multiple of p%d=%lld, at most V=%lld",
+                           op, i, (long long)size[i], i, (long long)patch[i], (long long)V);
+        grid->size[i] = size[i];
+        grid->patch[i] = patch[i];
+        grid->count[i] = size[i] / patch[i];
+        if (grid->voxels > V / size[i])
+            return pm_fail(ctx, PM_EINVAL, "%s: s0*s1*s2 must be V=%lld", op, (long long)V);
+        grid->voxels *= size[i];
+        grid->tokens *= grid->count[i];
+        grid->inside *= patch[i];
+    }
+    if (grid->voxels != V || grid->tokens != T || C * grid->inside != P)
+        return pm_fail(ctx, PM_EINVAL,
+                       "%s: s0*s1*s2=%lld must be V=%lld, the patches %lld must be T=%lld, and "
+                       "C*p0*p1*p2=%lld must be P=%lld",
+                       op, (long long)grid->voxels, (long long)V, (long long)grid->tokens, (long long)T,
+                       (long long)(C * grid->inside), (long long)P);
+    return PM_OK;
+}
+
+/* The first voxel of patch i of an image. */
+static int64_t patch_origin(const patch_grid *g, int64_t i)
+{
+    int64_t i2 = i % g->count[2], i1 = i / g->count[2] % g->count[1], i0 = i / g->count[2] / g->count[1];
+    return (i0 * g->patch[0] * g->size[1] + i1 * g->patch[1]) * g->size[2] + i2 * g->patch[2];
+}
+
+/* Where element p of a patch lies in its image, counted from the patch's origin: offset[P]. The channel
+ * is the slowest index inside a patch (a convolution weight) or the fastest (unpatchify). */
+static void patch_offsets(const patch_grid *g, int64_t C, bool channel_fastest, int64_t *offset)
+{
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t q = 0; q < g->inside; q++) {
+            int64_t q2 = q % g->patch[2], q1 = q / g->patch[2] % g->patch[1], q0 = q / g->patch[2] / g->patch[1];
+            offset[channel_fastest ? q * C + c : c * g->inside + q] =
+                c * g->voxels + (q0 * g->size[1] + q1) * g->size[2] + q2;
+        }
+}
+
+typedef struct {
+    const pm_patch_embed_args *g;
+    const pm_patch_embed_grads *d;
+    patch_grid patches;
+    product_grid grid;
+    const float *panels;
+    int64_t *offset; /* (P): patch_offsets */
+    float *rows;     /* backward: (B*T, P), all patches */
+    char *scratch;   /* worker_bytes for each worker */
+    size_t worker_bytes;
+} patch_embed_job;
+
+/* The finish callback's view of a task. */
+typedef struct {
+    const patch_embed_job *job;
+    int64_t row0; /* first row of the task's block */
+} patch_embed_block;
 
 static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args *g, bool backward)
 {
-    (void)ctx, (void)g, (void)backward;
-    return 0;
+    size_t workers = (size_t)pm_pool_threads(ctx->pool), bytes = pm_round64((size_t)g->P * sizeof(int64_t));
+    if (!backward) {
+        bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->D, g->P) * 4);
+        return bytes + workers * pm_round64((size_t)(PM_ROWS * g->P) * 4);
+    }
+    bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->P, g->D) * 4);
+    product_grid grid = product_grid_of(g->D, g->P, g->B * g->T);
+    return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) + workers * product_grid_wgrad_scratch(&grid);
+}
+
+static pm_status patch_embed_begin(pm_ctx *ctx, const pm_patch_embed_args *g, patch_embed_job *job, void **scratch)
+{
+    const int64_t size[3] = {g->s0, g->s1, g->s2}, patch[3] = {g->p0, g->p1, g->p2};
+    PM_TRY(patch_grid_make(ctx, "patch_embed", size, patch, g->C, g->V, g->T, g->P, &job->patches));
+    job->g = g;
+    job->offset = pm_take(scratch, (size_t)g->P * sizeof(int64_t));
+    patch_offsets(&job->patches, g->C, false, job->offset);
+    return PM_OK;
+}
+
+/* The image part that patch n = b*T + i starts at, as an index into x (B, C, V). */
+static inline int64_t patch_embed_start(const patch_embed_job *job, int64_t n)
+{
+    return n / job->g->T * job->g->C * job->g->V + patch_origin(&job->patches, n % job->g->T);
+}
+
+static void patch_embed_gather(const patch_embed_job *job, int64_t n, float *row)
+{
+    const float *x = job->g->x + patch_embed_start(job, n);
+    for (int64_t p = 0; p < job->g->P; p++)
+        row[p] = x[job->offset[p]];
+}
+
+/* ---------------------------------------------------------------- forward */
+
+/* y = tile + bias + pos, while the tile is in L1. */
+static void patch_embed_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+{
+    const patch_embed_block *block = arg;
+    const pm_patch_embed_args *g = block->job->g;
+    for (int i = 0; i < m; i++) {
+        int64_t row = block->row0 + row0 + i;
+        for (int64_t j = 0; j < n; j += PM_WIDTH) {
+            int64_t width = pm_min(PM_WIDTH, n - j), col = col0 + j;
+            vf y = v_load(tile + i * PM_NR + j) + v_load_n(g->bias + col, width);
+            if (g->pos)
+                y += v_load_n(g->pos + row % g->T * g->D + col, width);
+            v_store_n(g->y + row * g->D + col, y, width);
+        }
+    }
+}
+
+static void patch_embed_forward_task(void *arg, int64_t task, int worker)
+{
+    const patch_embed_job *job = arg;
+    const pm_patch_embed_args *g = job->g;
+    product_share s = product_share_of(&job->grid, task);
+    float *patches = (float *)(job->scratch + (size_t)worker * job->worker_bytes);
+    const float *rows[PM_ROWS];
+    for (int64_t i = 0; i < s.rows; i++) {
+        rows[i] = patches + i * g->P;
+        patch_embed_gather(job, s.row0 + i, patches + i * g->P);
+    }
+    product_block(s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1, patch_embed_forward_finish,
+                  &(patch_embed_block){job, s.row0});
 }
 
 static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *scratch)
 {
-    (void)g, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "patch_embed: not written yet");
+    patch_embed_job job = {.worker_bytes = pm_round64((size_t)(PM_ROWS * g->P) * 4)};
+    PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
+    job.scratch = pm_take(&scratch, (size_t)pm_pool_threads(ctx->pool) * job.worker_bytes);
+    job.panels = product_forward_of(ctx, g->weight, g->D, g->P, scratch);
+    job.grid = product_grid_of(g->B * g->T, g->D, g->P);
+    pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_forward_task, &job);
+    return PM_OK;
 }
 
-static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g, const pm_patch_embed_grads *d, void *scratch)
+/* ---------------------------------------------------------------- backward */
+
+/* dx = dy . weight, put back where the patch came from: each voxel is in exactly one patch. */
+static void patch_embed_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
 {
-    (void)g, (void)d, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "patch_embed: not written yet");
+    const patch_embed_block *block = arg;
+    const patch_embed_job *job = block->job;
+    for (int i = 0; i < m; i++) {
+        float *dx = job->d->dx + patch_embed_start(job, block->row0 + row0 + i);
+        for (int64_t j = 0; j < n; j++)
+            dx[job->offset[col0 + j]] = tile[i * PM_NR + j];
+    }
+}
+
+static void patch_embed_dx_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const patch_embed_job *job = arg;
+    const pm_patch_embed_args *g = job->g;
+    product_share s = product_share_of(&job->grid, task);
+    const float *rows[PM_ROWS];
+    for (int64_t i = 0; i < s.rows; i++)
+        rows[i] = job->d->dy + (s.row0 + i) * g->D;
+    product_block(s.rows, rows, g->D, g->P, job->panels, s.panel0, s.panel1, patch_embed_dx_finish,
+                  &(patch_embed_block){job, s.row0});
+}
+
+#define PATCH_EMBED_ROWS 64 /* patches gathered by a task */
+
+static void patch_embed_gather_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const patch_embed_job *job = arg;
+    int64_t begin = task * PATCH_EMBED_ROWS, end = pm_min(job->g->B * job->g->T, begin + PATCH_EMBED_ROWS);
+    for (int64_t n = begin; n < end; n++)
+        patch_embed_gather(job, n, job->rows + n * job->g->P);
+}
+
+/* dweight += dy^T . patches; dbias += sum of dy. A task owns its outputs. */
+static void patch_embed_wgrad_task(void *arg, int64_t task, int worker)
+{
+    const patch_embed_job *job = arg;
+    const pm_patch_embed_args *g = job->g;
+    int64_t N = g->B * g->T;
+    product_share s = product_share_of(&job->grid, task);
+    int64_t p0 = s.panel0 * PM_NR, p1 = pm_min(g->P, s.panel1 * PM_NR);
+    if (job->d->dweight)
+        product_wgrad(N, job->d->dy, g->D, job->rows + p0, g->P, NULL, s.row0, s.row0 + s.rows, p1 - p0,
+                      job->d->dweight + p0, g->P, job->scratch + (size_t)worker * job->worker_bytes);
+    if (job->d->dbias && p0 == 0)
+        product_bias_grad(N, job->d->dy, g->D, s.row0, s.row0 + s.rows, job->d->dbias);
+}
+
+/* dpos += sum of dy over the images, for one token */
+static void patch_embed_dpos_task(void *arg, int64_t i, int worker)
+{
+    (void)worker;
+    const patch_embed_job *job = arg;
+    const pm_patch_embed_args *g = job->g;
+    product_bias_grad(g->B, job->d->dy + i * g->D, g->T * g->D, 0, g->D, job->d->dpos + i * g->D);
+}
+
+static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g, const pm_patch_embed_grads *d,
+                                      void *scratch)
+{
+    int64_t N = g->B * g->T;
+    patch_embed_job job = {.d = d};
+    PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
+    if (d->dx) {
+        job.panels = product_backward_of(ctx, g->weight, g->D, g->P, scratch);
+        job.grid = product_grid_of(N, g->P, g->D);
+        pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_dx_task, &job);
+    }
+    if (d->dweight || d->dbias) {
+        job.rows = pm_take(&scratch, (size_t)(N * g->P) * 4); /* the panels are no longer needed */
+        job.scratch = scratch;
+        job.grid = product_grid_of(g->D, g->P, N);
+        job.worker_bytes = product_grid_wgrad_scratch(&job.grid);
+        if (d->dweight)
+            pm_parallel(ctx->pool, pm_blocks(N, PATCH_EMBED_ROWS), patch_embed_gather_task, &job);
+        pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_wgrad_task, &job);
+    }
+    if (d->dpos && g->pos)
+        pm_parallel(ctx->pool, g->T, patch_embed_dpos_task, &job);
+    return PM_OK;
 }

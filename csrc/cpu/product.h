@@ -86,6 +86,46 @@ static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *
     return PM_OK;
 }
 
+/* One direction alone, for a weight without a derived twin: panels of product_packed(F, D) floats for
+ * y = x W^T, or of product_packed(D, F) floats for dx = dy W. */
+typedef struct {
+    int64_t F, D;
+    const float *w;
+    float *panels;
+} product_pack_job;
+static void product_pack_forward_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const product_pack_job *j = arg;
+    int64_t p = task * PM_NR;
+    product_pack_rows(pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D, j->panels + p * j->D);
+}
+static void product_pack_backward_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const product_pack_job *j = arg;
+    int64_t p = task * PM_NR;
+    product_pack_cols(pm_min(PM_NR, j->D - p), j->F, j->w + p, j->D, j->panels + p * j->F);
+}
+
+/* The panels of a weight (F, D): its derived twin's, or packed into scratch. */
+static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D, float *scratch)
+{
+    if (weight.derived)
+        return product_forward_panels(weight.derived, F, D);
+    product_pack_job job = {F, D, weight.w, scratch};
+    pm_parallel(ctx->pool, product_panels(F), product_pack_forward_task, &job);
+    return scratch;
+}
+static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D, float *scratch)
+{
+    if (weight.derived)
+        return product_backward_panels(weight.derived, F, D);
+    product_pack_job job = {F, D, weight.w, scratch};
+    pm_parallel(ctx->pool, product_panels(D), product_pack_backward_task, &job);
+    return scratch;
+}
+
 /* ---------------------------------------------------------------- tile */
 
 /* c[i][0..PM_NR) (+)= sum over kk < k of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR. */
@@ -172,6 +212,41 @@ static inline void product_block(int64_t m, const float *const *a, int64_t k, in
         }
 }
 
+/* How m rows by the panels of n columns, of depth k, are cut into tasks: blocks of row slices times
+ * ranges of panels. Enough tasks for many threads, none too small to be worth handing out. */
+typedef struct {
+    int64_t rows, row_tasks;     /* slices of PM_MR rows are dealt to row_tasks blocks */
+    int64_t panels, panel_tasks; /* panels to panel_tasks ranges */
+} product_grid;
+typedef struct {
+    int64_t row0, rows, panel0, panel1;
+} product_share;
+
+#define PRODUCT_TASKS 64               /* tasks that keep 16 threads busy to the end */
+#define PRODUCT_WORK ((int64_t)1 << 20) /* multiply-adds of the smallest task: about 10 microseconds */
+
+static product_grid product_grid_of(int64_t m, int64_t n, int64_t k)
+{
+    product_grid g = {.rows = m, .panels = product_panels(n)};
+    int64_t most = m * n * k / PRODUCT_WORK;
+    g.row_tasks = pm_blocks(m, PM_ROWS);
+    g.panel_tasks = pm_blocks(PRODUCT_TASKS, pm_max(1, g.row_tasks));
+    g.panel_tasks = pm_min(g.panel_tasks, most / pm_max(1, g.row_tasks));
+    g.panel_tasks = pm_max(1, pm_min(g.panel_tasks, g.panels));
+    return g;
+}
+static inline int64_t product_tasks(const product_grid *g) { return g->row_tasks * g->panel_tasks; }
+
+/* Tasks that share a range of panels are neighbours. */
+static product_share product_share_of(const product_grid *g, int64_t task)
+{
+    int64_t p = task / g->row_tasks, b = task % g->row_tasks, slices = product_slices(g->rows);
+    int64_t row0 = product_cut(g->rows, slices, product_cut(slices, g->row_tasks, b));
+    int64_t row1 = product_cut(g->rows, slices, product_cut(slices, g->row_tasks, b + 1));
+    return (product_share){row0, row1 - row0, product_cut(g->panels, g->panel_tasks, p),
+                           product_cut(g->panels, g->panel_tasks, p + 1)};
+}
+
 /* ---------------------------------------------------------------- weight gradient */
 
 /* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at dy + r*ldy
@@ -182,12 +257,35 @@ static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *
                           const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw, int64_t ldw,
                           void *scratch);
 
+/* db[f] += sum over r < R of dy[r][f], f0 <= f < f1, in the same order whatever f0 and f1 are. */
+static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f0, int64_t f1, float *db)
+{
+    for (int64_t f = f0; f < f1; f += PM_WIDTH) {
+        int64_t width = pm_min(PM_WIDTH, f1 - f);
+        vf sum = v_zero();
+        for (int64_t r0 = 0; r0 < R; r0 += 64) { /* sums of 64, then their sum: smaller rounding errors */
+            vf part = v_zero();
+            for (int64_t r = r0; r < pm_min(R, r0 + 64); r++)
+                part += v_load_n(dy + r * ldy + f, width);
+            sum += part;
+        }
+        v_store_n(db + f, v_load_n(db + f, width) + sum, width);
+    }
+}
+
 #define PRODUCT_TOKENS 256 /* rows packed at a time */
 
 static inline size_t product_wgrad_scratch(int64_t F, int64_t D)
 {
     return pm_round64((size_t)PRODUCT_TOKENS * (size_t)F * 4) +
            pm_round64((size_t)PRODUCT_TOKENS * (size_t)product_panels(D) * PM_NR * 4);
+}
+
+/* The same for the largest share of a grid whose rows are F and whose panels are those of D. */
+static inline size_t product_grid_wgrad_scratch(const product_grid *g)
+{
+    return product_wgrad_scratch(pm_min(PM_ROWS, g->rows),
+                                 pm_blocks(g->panels, pm_max(1, g->panel_tasks)) * PM_NR);
 }
 
 static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *x, int64_t ldx,
