@@ -1,0 +1,62 @@
+"""Loads the models of a checkout of the public PyTorch code (github.com/ali-vilab/ProMoE, MIT), unmodified.
+
+Only what keeps it from running on a CPU without further packages is stood in for: `timm`, of which it uses the
+patch embedding alone (a convolution with kernel = stride, flattened), is replaced by those three lines.
+"""
+
+import contextlib
+import importlib
+import io
+import sys
+import types
+from pathlib import Path
+
+
+class _Config(dict):
+    """A mapping that is also read by attribute, as the public code does with its YAML."""
+
+    __getattr__ = dict.__getitem__
+
+
+def _stand_in_for_timm():
+    import torch
+
+    class PatchEmbed(torch.nn.Module):
+        def __init__(self, img_size, patch_size, in_chans, embed_dim, bias=True):
+            super().__init__()
+            self.patch_size = (patch_size, patch_size)
+            self.num_patches = (img_size // patch_size) ** 2
+            self.proj = torch.nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
+
+        def forward(self, x):
+            return self.proj(x).flatten(2).transpose(1, 2)
+
+    names = ["timm", "timm.models", "timm.models.vision_transformer"]
+    for name in names:
+        sys.modules.setdefault(name, types.ModuleType(name))
+    sys.modules[names[-1]].PatchEmbed = PatchEmbed
+
+
+def load(repo, model, moe=None, **arguments):
+    """One network of the public code.
+
+    Parameters
+    ----------
+    repo : path
+        A checkout of the public code.
+    model : {"DiT", "ProMoE_TC"}
+    moe : dict, optional
+        The `MoE_config` of a routed model, with the public names.
+    **arguments
+        The public constructor's own arguments.
+    """
+    if not (Path(repo) / "models" / f"models_{model}.py").is_file():
+        raise FileNotFoundError(f"{repo} is not a checkout of the public code: no models/models_{model}.py")
+    if str(repo) not in sys.path:
+        sys.path.insert(0, str(repo))
+    _stand_in_for_timm()
+    module = importlib.import_module(f"models.models_{model}")
+    if moe is not None:
+        arguments["MoE_config"] = _Config({"init_MoeMLP": False, "interleave": True, **moe})
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.DiT(**arguments)
