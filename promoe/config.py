@@ -150,8 +150,10 @@ class ModelConfig:
     in_channels : int
         Channels C of the data; the output has 2 C of them with `learn_sigma`, else C.
     hidden_size, depth, num_heads : int
-        Width D, blocks L, attention heads H. D is a multiple of H, and of 2, 4 or 6 for 1, 2 or 3
-        axes (sin-cos positions).
+        Width D, blocks L, attention heads H. D is a multiple of H (unless `head_dim` is given), and
+        of 2, 4 or 6 for 1, 2 or 3 axes (sin-cos positions).
+    head_dim : int or None
+        Width K of one attention head; None: D / H.
     mlp_ratio : float
         Hidden width of a dense FFN is ``int(hidden_size * mlp_ratio)``.
     num_classes : int
@@ -202,6 +204,7 @@ class ModelConfig:
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
+    head_dim: int | None = None
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
@@ -226,7 +229,7 @@ class ModelConfig:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k"):
             check.integer(name, 1)
         check.integer("num_routed_experts", 0)
-        for name in ("expert_hidden_size", "shared_expert_hidden_size"):
+        for name in ("head_dim", "expert_hidden_size", "shared_expert_hidden_size"):
             if getattr(self, name) is not None:
                 check.integer(name, 1)
         check.real("mlp_ratio", above=0)
@@ -262,8 +265,8 @@ class ModelConfig:
         check.put("patch_size", patches[0] if len(set(patches)) == 1 else patches)
 
     def _check_width(self, check):
-        if self.hidden_size % self.num_heads:
-            check.fail("hidden_size", f"must be a multiple of num_heads = {self.num_heads}")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            check.fail("hidden_size", f"must be a multiple of num_heads = {self.num_heads}, or give head_dim")
         axes = len(self.sizes)
         unit = 2 * axes
         if self.hidden_size % unit:
@@ -313,7 +316,7 @@ class ModelConfig:
     @property
     def head_size(self):
         """Width K of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def mlp_hidden_size(self):
@@ -397,11 +400,12 @@ class ModelConfig:
             return rows * columns + rows
 
         D, volume = self.hidden_size, math.prod(self.patches)
+        heads = self.num_heads * self.head_size  # width of q, of k and of v
 
         def ffn(width):
             return linear(width, D) + linear(D, width)
 
-        block = linear(3 * D, D) + linear(D, D) + linear(6 * D, D)
+        block = linear(3 * heads, D) + linear(D, heads) + linear(6 * D, D)
         block += 4 * self.head_size if self.qk_norm else 0
         routed = self.num_routed_experts * D + experts * ffn(self.expert_width)
         routed += ffn(self.shared_expert_width) if self.use_shared_expert else 0
@@ -551,7 +555,7 @@ def preset(name):
 
 _OFFICIAL = dict(  # arguments of the public DiT constructors, and their defaults
     input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-    mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, qk_norm=False)
+    head_dim=None, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, qk_norm=False)
 _OFFICIAL_MOE = dict(  # official name: (ours, default of the public constructor; ... = required)
     num_routed_experts=("num_routed_experts", ...),
     moe_intermediate_size=("expert_hidden_size", ...),
@@ -586,23 +590,18 @@ def _from_official(cls, mapping):
     given.pop("MoE_config", None)
     model = _official_model(where, model, moe)
 
-    known = (*_OFFICIAL, "use_swiglu", "head_dim")
+    known = (*_OFFICIAL, "use_swiglu")
     check_keys(where, given, known)
     if given.pop("use_swiglu", False):
         raise ValueError(f"{where}: use_swiglu = True: not there yet; the experts of the public "
                          f"ProMoE ignore it, and its published models have False")
-    head_dim = given.pop("head_dim", None)
     fields = {**_OFFICIAL, **given}
     for name in ("input_size", "patch_size"):
         if isinstance(fields[name], list):
             fields[name] = tuple(fields[name])
     if model == "ProMoE_TC":
         fields.update(_official_moe(where, moe))
-    config = cls(**fields)
-    if head_dim not in (None, config.head_size):
-        raise ValueError(f"{where}: head_dim = {head_dim}: not there yet; leave it out for "
-                         f"hidden_size / num_heads = {config.head_size}")
-    return config
+    return cls(**fields)
 
 
 def _flatten_yaml(where, given):
