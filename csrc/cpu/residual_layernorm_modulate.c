@@ -1,19 +1,245 @@
-/* residual_layernorm_modulate: contract in ops/residual_layernorm_modulate.h. */
+/* residual_layernorm_modulate: contract in ops/residual_layernorm_modulate.h.
+ *
+ * Bound by memory: every token row is read and written once; the passes over it after the first find
+ * it in L1. */
 
-static size_t residual_layernorm_modulate_workspace(const pm_ctx *ctx, const pm_residual_layernorm_modulate_args *g, bool backward)
+#define RLM_ELEMENTS 16384 /* of x per task */
+
+/* How tokens are cut into tasks, a function of shape. A chunk is a run of tokens of one image, with
+ * its own slot in the sums over T; a task is a few chunks, where chunks are small. */
+typedef struct {
+    int64_t tokens; /* per chunk */
+    int64_t chunks; /* per image */
+    int64_t group;  /* chunks per task */
+} rlm_cut;
+
+static rlm_cut rlm_plan(const pm_residual_layernorm_modulate_args *g)
 {
-    (void)ctx, (void)g, (void)backward;
-    return 0;
+    rlm_cut cut;
+    int64_t D = pm_max(1, g->D), T = pm_max(1, g->T);
+    cut.chunks = pm_blocks(T, pm_max(1, RLM_ELEMENTS / D));
+    cut.tokens = pm_blocks(T, cut.chunks);
+    cut.chunks = pm_blocks(T, cut.tokens); /* none is empty */
+    cut.group = pm_max(1, RLM_ELEMENTS / (cut.tokens * D));
+    return cut;
 }
 
-static pm_status residual_layernorm_modulate_forward(pm_ctx *ctx, const pm_residual_layernorm_modulate_args *g, void *scratch)
+/* Slots of the sums over T: [3: gate, shift, scale][B, chunks, D]. */
+static size_t rlm_slots(const pm_residual_layernorm_modulate_args *g)
 {
-    (void)g, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "residual_layernorm_modulate: not written yet");
+    return (size_t)(g->B * rlm_plan(g).chunks * g->D);
 }
 
-static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx, const pm_residual_layernorm_modulate_args *g, const pm_residual_layernorm_modulate_grads *d, void *scratch)
+static size_t residual_layernorm_modulate_workspace(const pm_ctx *ctx,
+                                                    const pm_residual_layernorm_modulate_args *g,
+                                                    bool backward)
 {
-    (void)g, (void)d, (void)scratch;
-    return pm_fail(ctx, PM_EINTERNAL, "residual_layernorm_modulate: not written yet");
+    (void)ctx;
+    return backward ? 3 * pm_round64(rlm_slots(g) * sizeof(float)) : 0;
+}
+
+/* ---------------------------------------------------------------- forward */
+
+/* Rows of the per-image inputs; NULL where absent. */
+static inline const float *rlm_row(const float *matrix, int64_t b, int64_t ld)
+{
+    return matrix ? matrix + b * ld : NULL;
+}
+
+static inline void rlm_forward_token(const pm_residual_layernorm_modulate_args *g, int64_t b, int64_t row)
+{
+    const int64_t D = g->D;
+    const float *gate = rlm_row(g->gate, b, g->gate_ld);
+    const float *shift = rlm_row(g->shift, b, g->mod_ld), *scale = rlm_row(g->scale, b, g->mod_ld);
+    const float *x = g->x + row * D, *branch = rlm_row(g->branch, row, D);
+    float *y = g->y + row * D;
+
+    /* xo = x + gate * branch; it waits in y where nobody wants it */
+    vf sum = v_zero();
+    if (branch || g->xo) {
+        float *xo = g->xo ? g->xo + row * D : y;
+        for (int64_t i = 0; i < D; i += PM_WIDTH) {
+            vf v = v_get(x + i, D - i);
+            if (branch)
+                v = gate ? v_fma(v_get(gate + i, D - i), v_get(branch + i, D - i), v)
+                         : v + v_get(branch + i, D - i);
+            v_put(xo + i, v, D - i);
+            sum += v;
+        }
+        x = xo;
+    } else {
+        for (int64_t i = 0; i < D; i += PM_WIDTH)
+            sum += v_get(x + i, D - i);
+    }
+
+    /* xhat = (xo - mean) * rstd. The variance is a second pass: no cancellation. */
+    const float mean = v_sum(sum) / (float)D;
+    vf squares = v_zero();
+    for (int64_t i = 0; i < D; i += PM_WIDTH) {
+        vf v = v_keep(v_get(x + i, D - i) - v_set(mean), D - i);
+        squares = v_fma(v, v, squares);
+    }
+    const float rstd = 1.0f / sqrtf(v_sum(squares) / (float)D + (float)g->eps);
+    if (g->mean)
+        g->mean[row] = mean;
+    if (g->rstd)
+        g->rstd[row] = rstd;
+
+    /* y = xhat * (1 + scale) + shift */
+    for (int64_t i = 0; i < D; i += PM_WIDTH) {
+        vf v = (v_get(x + i, D - i) - v_set(mean)) * v_set(rstd);
+        if (scale)
+            v = v_fma(v, v_get(scale + i, D - i), v);
+        if (shift)
+            v += v_get(shift + i, D - i);
+        v_put(y + i, v, D - i);
+    }
+}
+
+typedef struct {
+    const pm_residual_layernorm_modulate_args *g;
+    const pm_residual_layernorm_modulate_grads *d;
+    rlm_cut cut;
+    float *gate, *shift, *scale; /* slots: [B, chunks, D] each */
+} rlm_job;
+
+static void rlm_forward_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const rlm_job *j = arg;
+    const int64_t T = j->g->T, end = pm_min(j->g->B * j->cut.chunks, (task + 1) * j->cut.group);
+    for (int64_t chunk = task * j->cut.group; chunk < end; chunk++) {
+        int64_t b = chunk / j->cut.chunks, t = chunk % j->cut.chunks * j->cut.tokens;
+        for (int64_t stop = pm_min(T, t + j->cut.tokens); t < stop; t++)
+            rlm_forward_token(j->g, b, b * T + t);
+    }
+}
+
+static pm_status residual_layernorm_modulate_forward(pm_ctx *ctx,
+                                                     const pm_residual_layernorm_modulate_args *g,
+                                                     void *scratch)
+{
+    (void)scratch;
+    if (!g->B || !g->T || !g->D)
+        return PM_OK;
+    rlm_job job = {.g = g, .cut = rlm_plan(g)};
+    pm_parallel(ctx->pool, pm_blocks(g->B * job.cut.chunks, job.cut.group), rlm_forward_task, &job);
+    return PM_OK;
+}
+
+/* ---------------------------------------------------------------- backward */
+
+/* One token; dgate, dshift and dscale are the slots of its chunk (+=), NULL where not wanted. */
+static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args *g,
+                                      const pm_residual_layernorm_modulate_grads *d, int64_t b,
+                                      int64_t row, float *dgate, float *dshift, float *dscale)
+{
+    const int64_t D = g->D;
+    const float *gate = rlm_row(g->gate, b, g->gate_ld), *scale = rlm_row(g->scale, b, g->mod_ld);
+    const float *branch = rlm_row(g->branch, row, D), *dy = d->dy + row * D;
+    const float *x = (g->xo ? g->xo : g->x) + row * D, *dxo = rlm_row(d->dxo, row, D);
+    const float *add = g->xo ? NULL : branch; /* xo was not kept: x + gate * branch again */
+    float *dx = d->dx ? d->dx + row * D : NULL, *dbranch = d->dbranch ? d->dbranch + row * D : NULL;
+    const vf mean = v_set(g->mean[row]), rstd = v_set(g->rstd[row]);
+
+#define RLM_XHAT(i)                                                                                \
+    (((add ? (gate ? v_fma(v_get(gate + i, D - i), v_get(add + i, D - i), v_get(x + i, D - i))     \
+                   : v_get(x + i, D - i) + v_get(add + i, D - i))                                  \
+           : v_get(x + i, D - i)) - mean) * rstd)
+
+    /* y = xhat * (1 + scale) + shift; dxhat = dy * (1 + scale). Past D, dy reads as 0. */
+    vf sum = v_zero(), dot = v_zero();
+    for (int64_t i = 0; i < D; i += PM_WIDTH) {
+        vf up = v_get(dy + i, D - i), xhat = RLM_XHAT(i);
+        if (dshift)
+            v_put(dshift + i, v_get(dshift + i, D - i) + up, D - i);
+        if (dscale)
+            v_put(dscale + i, v_fma(up, xhat, v_get(dscale + i, D - i)), D - i);
+        vf dxhat = scale ? v_fma(up, v_get(scale + i, D - i), up) : up;
+        sum += dxhat;
+        dot = v_fma(dxhat, xhat, dot);
+    }
+    if (!dx && !dbranch && !dgate)
+        return;
+
+    /* xhat = (xo - mean) * rstd: dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+     * xo = x + gate * branch:    dbranch = gate * dx, dgate += branch * dx */
+    const vf a = v_set(v_sum(sum) / (float)D), c = v_set(-v_sum(dot) / (float)D);
+    for (int64_t i = 0; i < D; i += PM_WIDTH) {
+        vf up = v_get(dy + i, D - i);
+        vf dxhat = scale ? v_fma(up, v_get(scale + i, D - i), up) : up;
+        vf v = rstd * v_fma(RLM_XHAT(i), c, dxhat - a);
+        if (dxo)
+            v += v_get(dxo + i, D - i);
+        if (dx)
+            v_put(dx + i, v, D - i);
+        if (dgate && branch)
+            v_put(dgate + i, v_fma(v, v_get(branch + i, D - i), v_get(dgate + i, D - i)), D - i);
+        if (dbranch)
+            v_put(dbranch + i, gate ? v * v_get(gate + i, D - i) : v, D - i);
+    }
+#undef RLM_XHAT
+}
+
+static void rlm_backward_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const rlm_job *j = arg;
+    const int64_t D = j->g->D, T = j->g->T;
+    const int64_t end = pm_min(j->g->B * j->cut.chunks, (task + 1) * j->cut.group);
+    float *const slots[3] = {j->gate, j->shift, j->scale};
+    for (int64_t chunk = task * j->cut.group; chunk < end; chunk++) {
+        float *sums[3];
+        for (int s = 0; s < 3; s++) {
+            sums[s] = slots[s] ? slots[s] + chunk * D : NULL;
+            if (sums[s])
+                memset(sums[s], 0, (size_t)D * sizeof(float));
+        }
+        int64_t b = chunk / j->cut.chunks, t = chunk % j->cut.chunks * j->cut.tokens;
+        for (int64_t stop = pm_min(T, t + j->cut.tokens); t < stop; t++)
+            rlm_backward_token(j->g, j->d, b, b * T + t, sums[0], sums[1], sums[2]);
+    }
+}
+
+/* The chunks of an image, in order: the sums over T. One image per task. */
+static void rlm_sum_chunks(const float *slots, int64_t chunks, int64_t D, float *out)
+{
+    for (int64_t i = 0; i < D; i += PM_WIDTH) {
+        vf sum = v_zero();
+        for (int64_t c = 0; c < chunks; c++)
+            sum += v_get(slots + c * D + i, D - i);
+        v_put(out + i, sum, D - i);
+    }
+}
+static void rlm_sum_task(void *arg, int64_t b, int worker)
+{
+    (void)worker;
+    const rlm_job *j = arg;
+    const pm_residual_layernorm_modulate_args *g = j->g;
+    const int64_t chunks = j->cut.chunks, D = g->D, at = b * chunks * D;
+    if (j->gate)
+        rlm_sum_chunks(j->gate + at, chunks, D, j->d->dgate + b * g->gate_ld);
+    if (j->shift)
+        rlm_sum_chunks(j->shift + at, chunks, D, j->d->dshift + b * g->mod_ld);
+    if (j->scale)
+        rlm_sum_chunks(j->scale + at, chunks, D, j->d->dscale + b * g->mod_ld);
+}
+
+static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx,
+                                                      const pm_residual_layernorm_modulate_args *g,
+                                                      const pm_residual_layernorm_modulate_grads *d,
+                                                      void *scratch)
+{
+    if (!g->B || !g->D)
+        return PM_OK;
+    rlm_job job = {.g = g, .d = d, .cut = rlm_plan(g)};
+    const size_t bytes = rlm_slots(g) * sizeof(float);
+    float *gate = pm_take(&scratch, bytes), *shift = pm_take(&scratch, bytes), *scale = scratch;
+    job.gate = g->gate && d->dgate ? gate : NULL;
+    job.shift = g->shift && d->dshift ? shift : NULL;
+    job.scale = g->scale && d->dscale ? scale : NULL;
+    pm_parallel(ctx->pool, pm_blocks(g->B * job.cut.chunks, job.cut.group), rlm_backward_task, &job);
+    if (job.gate || job.shift || job.scale)
+        pm_parallel(ctx->pool, g->B, rlm_sum_task, &job);
+    return PM_OK;
 }

@@ -57,6 +57,26 @@ static inline void v_stream(float *p, vf x) { v_store(p, x); }
 #endif
 
 /* The first n of PM_WIDTH floats (0 < n <= PM_WIDTH); the rest reads as 0 and is not touched. */
+#if PM_WIDTH == 16 && defined(__AVX512F__)
+static inline vf v_load_n(const float *p, int64_t n)
+{
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)(0xffffu >> (16 - n)), p);
+}
+static inline void v_store_n(float *p, vf x, int64_t n)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)(0xffffu >> (16 - n)), (__m512)x);
+}
+#elif PM_WIDTH == 8 && defined(__AVX2__)
+static inline __m256i v_mask_n(int64_t n) /* lanes below n */
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline vf v_load_n(const float *p, int64_t n) { return (vf)_mm256_maskload_ps(p, v_mask_n(n)); }
+static inline void v_store_n(float *p, vf x, int64_t n)
+{
+    _mm256_maskstore_ps(p, v_mask_n(n), (__m256)x);
+}
+#else
 static inline vf v_load_n(const float *p, int64_t n)
 {
     float t[PM_WIDTH] = {0};
@@ -68,6 +88,31 @@ static inline void v_store_n(float *p, vf x, int64_t n)
     float t[PM_WIDTH];
     v_store(t, x);
     memcpy(p, t, (size_t)n * sizeof(float));
+}
+#endif
+
+/* For loops `for (i = 0; i < n; i += PM_WIDTH)`: whole vectors while left = n - i allows it, then the
+ * rest. */
+static inline vf v_get(const float *p, int64_t left)
+{
+    return left >= PM_WIDTH ? v_load(p) : v_load_n(p, left);
+}
+static inline void v_put(float *p, vf x, int64_t left)
+{
+    if (left >= PM_WIDTH)
+        v_store(p, x);
+    else
+        v_store_n(p, x, left);
+}
+
+/* x where a lane is below left, else 0: for sums over a row whose last vector is not whole. */
+static inline vf v_keep(vf x, int64_t left)
+{
+    if (left >= PM_WIDTH)
+        return x;
+    float t[PM_WIDTH];
+    v_store(t, x);
+    return v_load_n(t, left);
 }
 
 /* Lanes are added pairwise, in a fixed order. */

@@ -10,7 +10,8 @@
  * backward, with dxo the gradient that reaches the residual stream from above (NULL: zero):
  *   dx = dxo + (LayerNorm backward of dy);  dbranch = gate * dx;  dgate = sum_T dx * branch;
  *   dshift = sum_T dy;  dscale = sum_T dy * xhat       (=, one row per image)
- * dx may alias dxo; xo may alias x. */
+ * dgate is at distance gate_ld, dshift and dscale at mod_ld. dx may alias dxo; xo may alias x (backward
+ * reads xo, and x only where xo is NULL). */
 #ifndef PM_OPS_RESIDUAL_LAYERNORM_MODULATE_H
 #define PM_OPS_RESIDUAL_LAYERNORM_MODULATE_H
 #define PM_RESIDUAL_LAYERNORM_MODULATE(X)                                                          \
