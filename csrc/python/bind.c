@@ -1,0 +1,740 @@
+/* bind.c: reads, checks and makes the arguments of an op by its field table. */
+#include "bind.h"
+
+#include <limits.h>
+#include <math.h>
+#include <string.h>
+
+#include "../base/os.h"
+#include "errors.h"
+
+bool bind_poison;
+
+/* One call. values[i] is the argument of field i, values[count + i] that of its gradient; borrowed. */
+typedef struct {
+    const bind_op *op;
+    bool backward;
+    PyObject *values[2 * BIND_MOST_FIELDS]; /* NULL: not given, or None */
+    bool none[2 * BIND_MOST_FIELDS];        /* given as None */
+    PyObject *made[2 * BIND_MOST_FIELDS];   /* arrays made here; owned */
+    bind_dims dims;
+} call;
+
+#define FUNCTION(c) (c)->op->name, (c)->backward ? "backward" : "forward"
+
+/* ---------------------------------------------------------------- facts about fields */
+
+bool bind_listed(const char *list, const char *name)
+{
+    const size_t n = strlen(name);
+    for (const char *at = list; at && (at = strstr(at, name)); at++)
+        if (at > list && at[-1] == ' ' && at[n] == ' ')
+            return true;
+    return false;
+}
+
+int bind_positional(const bind_op *op)
+{
+    bool optional = false;
+    int count = 0;
+    for (int i = 0; i < op->count; i++) {
+        const bind_field *f = &op->fields[i];
+        if (!bind_is_input(f))
+            continue;
+        if (f->kind == BIND_OPT || f->kind == BIND_INOPT)
+            optional = true;
+        else if (optional)
+            break;
+        count++;
+    }
+    return count;
+}
+
+bool bind_required(const bind_op *op, const bind_field *f, bool backward)
+{
+    switch (f->kind) {
+    case BIND_IN:
+    case BIND_INOUT:
+        return true;
+    case BIND_OUT:
+        return backward && !(op->facts && bind_listed(op->facts->unread, f->name));
+    case BIND_SAVED:
+        return backward;
+    default:
+        return false;
+    }
+}
+
+static int type_num(bind_type type)
+{
+    switch (type) {
+    case BIND_f64:
+        return NPY_FLOAT64;
+    case BIND_i32:
+        return NPY_INT32;
+    case BIND_i64:
+        return NPY_INT64;
+    default:
+        return NPY_FLOAT32;
+    }
+}
+
+static int64_t type_bytes(bind_type type) { return type == BIND_f64 || type == BIND_i64 ? 8 : 4; }
+
+const char *bind_type_name(bind_type type)
+{
+    switch (type) {
+    case BIND_f64:
+        return "float64";
+    case BIND_i32:
+        return "int32";
+    case BIND_i64:
+        return "int64";
+    default:
+        return "float32";
+    }
+}
+
+/* The argument's name of slot i: the field's, or d<field>. */
+static const char *slot_name(const call *c, int i, char buffer[64])
+{
+    const int count = c->op->count;
+    snprintf(buffer, 64, "%s%s", i >= count ? "d" : "", c->op->fields[i % count].name);
+    return buffer;
+}
+
+/* ---------------------------------------------------------------- shapes */
+
+/* One axis of a shape, seen with the dims known so far: rest + factor * (the one unknown letter). */
+typedef struct {
+    int64_t rest, factor;
+    int unknown; /* letter, or -1 */
+    bool many;   /* more than one unknown letter, or one that is squared */
+    bool overflow;
+} axis;
+
+/* Reads one axis; *text is left behind its comma, or NULL at the end of the shape. */
+static axis axis_read(const char **text, const bind_dims *dims)
+{
+    axis a = {.unknown = -1};
+    const char *p = *text;
+    for (bool more = true; more;) { /* a product of the sum */
+        int64_t product = 1;
+        int letter = -1;
+        for (;;) {
+            int64_t factor = 1;
+            if (*p >= 'A' && *p <= 'Z') {
+                const int l = *p++ - 'A';
+                if (dims->known[l])
+                    factor = dims->value[l];
+                else if (letter >= 0)
+                    a.many = true;
+                else
+                    letter = l;
+            } else {
+                for (factor = 0; *p >= '0' && *p <= '9'; p++)
+                    factor = 10 * factor + (*p - '0');
+            }
+            a.overflow |= __builtin_mul_overflow(product, factor, &product);
+            if (*p != '*')
+                break;
+            p++;
+        }
+        int64_t *sum = letter < 0 ? &a.rest : &a.factor;
+        a.overflow |= __builtin_add_overflow(*sum, product, sum);
+        if (letter >= 0) {
+            a.many |= a.unknown >= 0 && a.unknown != letter;
+            a.unknown = letter;
+        }
+        more = *p == '+';
+        p += more;
+    }
+    *text = *p == ',' ? p + 1 : NULL;
+    return a;
+}
+
+static int shape_axes(const char *text)
+{
+    int axes = 1;
+    for (; *text; text++)
+        axes += *text == ',';
+    return axes;
+}
+
+/* "(N, 3*D)" */
+static void shape_text(const char *text, char *out, size_t bytes)
+{
+    size_t n = 0;
+    const bool one = shape_axes(text) == 1;
+    out[n++] = '(';
+    for (; *text && n + 4 < bytes; text++) {
+        out[n++] = *text;
+        if (*text == ',')
+            out[n++] = ' ';
+    }
+    snprintf(out + n, bytes - n, one ? ",)" : ")");
+}
+
+/* "(4, ?)": the shape with the dims known so far. */
+static void shape_values(const char *text, const bind_dims *dims, char *out, size_t bytes)
+{
+    size_t n = 1;
+    int axes = 0;
+    snprintf(out, bytes, "(");
+    while (text && n < bytes) {
+        const axis a = axis_read(&text, dims);
+        if (a.unknown >= 0 || a.overflow)
+            n += (size_t)snprintf(out + n, bytes - n, "%s?", axes ? ", " : "");
+        else
+            n += (size_t)snprintf(out + n, bytes - n, "%s%lld", axes ? ", " : "", (long long)a.rest);
+        axes++;
+    }
+    if (n < bytes)
+        snprintf(out + n, bytes - n, axes == 1 ? ",)" : ")");
+}
+
+/* ", where D is 8 by x, N is 4 by y" for the known letters of a shape. */
+static void shape_origins(const char *text, const bind_dims *dims, char *out, size_t bytes)
+{
+    size_t n = 0;
+    bool said[BIND_LETTERS] = {false};
+    *out = 0;
+    for (; *text && n < bytes; text++) {
+        const int l = *text - 'A';
+        if (l < 0 || l >= BIND_LETTERS || said[l] || !dims->known[l])
+            continue;
+        said[l] = true;
+        n += (size_t)snprintf(out + n, bytes - n, "%s%c is %lld by %s", n ? ", " : ", where ", *text,
+                              (long long)dims->value[l], dims->from[l]);
+    }
+}
+
+/* Raises "what was expected; what was given". */
+static int wrong_array(const call *c, int slot, PyObject *type, const char *problem)
+{
+    char name[64], letters[96], numbers[160], origins[256];
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    PyArrayObject *array = (PyArrayObject *)c->values[slot];
+    shape_text(f->text, letters, sizeof letters);
+    shape_values(f->text, &c->dims, numbers, sizeof numbers);
+    shape_origins(f->text, &c->dims, origins, sizeof origins);
+    PyObject *shape = PyObject_GetAttrString((PyObject *)array, "shape");
+    if (shape)
+        PyErr_Format(type, "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S %S%s",
+                     FUNCTION(c), slot_name(c, slot, name),
+                     bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), letters, numbers, origins,
+                     PyArray_DESCR(array), shape, problem);
+    Py_XDECREF(shape);
+    return -1;
+}
+
+/* Learns what it can from the shape of one array; *learnt is set when a dim became known. */
+static int learn_dims(call *c, int slot, bool *learnt)
+{
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    const npy_intp *shape = PyArray_DIMS((PyArrayObject *)c->values[slot]);
+    const char *text = f->text;
+    for (int i = 0; text; i++) {
+        const axis a = axis_read(&text, &c->dims);
+        if (a.many || a.overflow || (a.unknown >= 0 && a.factor == 0))
+            continue;
+        if (a.unknown < 0 ? shape[i] != a.rest
+                          : shape[i] < a.rest || (shape[i] - a.rest) % a.factor)
+            return wrong_array(c, slot, PyExc_ValueError, "");
+        if (a.unknown >= 0) {
+            c->dims.value[a.unknown] = (shape[i] - a.rest) / a.factor;
+            c->dims.from[a.unknown] = f->name; /* of a gradient: the field that it belongs to */
+            c->dims.known[a.unknown] = *learnt = true;
+        }
+    }
+    return 0;
+}
+
+static int learn_all_dims(call *c)
+{
+    for (bool learnt = true; learnt;) {
+        learnt = false;
+        for (int i = 0; i < 2 * c->op->count; i++)
+            if (c->values[i] && bind_is_array(&c->op->fields[i % c->op->count]) &&
+                learn_dims(c, i, &learnt) < 0)
+                return -1;
+    }
+    return 0;
+}
+
+/* The shape of a field, every dim known. Refuses sizes that could overflow in any later product: 2^55
+ * bytes, and the same with every zero counted as a one. */
+static int whole_shape(const call *c, const bind_field *f, npy_intp shape[BIND_MOST_AXES], int *axes)
+{
+    const char *text = f->text;
+    int64_t bytes = type_bytes(f->type);
+    bool overflow = false;
+    for (*axes = 0; text; ++*axes) {
+        const axis a = axis_read(&text, &c->dims);
+        shape[*axes] = a.rest;
+        overflow |= a.overflow || __builtin_mul_overflow(bytes, a.rest ? a.rest : 1, &bytes);
+    }
+    if (overflow || bytes > (int64_t)1 << 55) {
+        char numbers[160];
+        shape_values(f->text, &c->dims, numbers, sizeof numbers);
+        PyErr_Format(PyExc_ValueError, "%s_%s: %s of shape %s is too large", FUNCTION(c), f->name, numbers);
+        return -1;
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- reading the call */
+
+static int slot_of(const call *c, const char *word)
+{
+    for (int i = 0; i < c->op->count; i++)
+        if (c->op->fields[i].kind != BIND_LD && !strcmp(c->op->fields[i].name, word))
+            return i;
+    if (c->backward && word[0] == 'd')
+        for (int i = 0; i < c->op->count; i++) {
+            const bind_field *f = &c->op->fields[i];
+            if ((bind_has_grad(f) || bind_has_upstream(f)) && !strcmp(f->name, word + 1))
+                return c->op->count + i;
+        }
+    return -1;
+}
+
+static int unknown_keyword(const call *c, const char *word)
+{
+    char name[64], nearest[64] = "";
+    int best = 3; /* at most two letters away */
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        if (slot_of(c, slot_name(c, i, name)) != i)
+            continue;
+        const int distance = core_distance(word, name);
+        if (distance < best) {
+            best = distance;
+            strcpy(nearest, name);
+        }
+    }
+    PyErr_Format(PyExc_TypeError, "%s_%s: there is no argument '%s'%s%s%s", FUNCTION(c), word,
+                 *nearest ? "; did you mean '" : "", nearest, *nearest ? "'?" : "");
+    return -1;
+}
+
+static int store(call *c, int slot, PyObject *value)
+{
+    char name[64];
+    if (c->values[slot] || c->none[slot]) {
+        PyErr_Format(PyExc_TypeError, "%s_%s: %s is given twice", FUNCTION(c), slot_name(c, slot, name));
+        return -1;
+    }
+    if (value == Py_None)
+        c->none[slot] = true;
+    else
+        c->values[slot] = value;
+    return 0;
+}
+
+static int read_arguments(call *c, PyObject *const *arguments, Py_ssize_t count, PyObject *keywords)
+{
+    const int most = bind_positional(c->op);
+    if (count > most) {
+        PyErr_Format(PyExc_TypeError, "%s_%s: %d arguments may be given by position; got %zd", FUNCTION(c),
+                     most, count);
+        return -1;
+    }
+    for (int i = 0, n = 0; n < count; i++)
+        if (bind_is_input(&c->op->fields[i]) && store(c, i, arguments[n++]) < 0)
+            return -1;
+    for (Py_ssize_t k = 0; keywords && k < PyTuple_GET_SIZE(keywords); k++) {
+        const char *word = PyUnicode_AsUTF8(PyTuple_GET_ITEM(keywords, k));
+        if (!word)
+            return -1;
+        const int slot = slot_of(c, word);
+        if (slot < 0)
+            return unknown_keyword(c, word);
+        if (store(c, slot, arguments[count + k]) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int wrong_type(const call *c, int slot, const char *expected)
+{
+    char name[64];
+    if (c->values[slot])
+        PyErr_Format(PyExc_TypeError, "%s_%s: %s must be %s; got %.80s %.80R", FUNCTION(c),
+                     slot_name(c, slot, name), expected, Py_TYPE(c->values[slot])->tp_name,
+                     c->values[slot]);
+    else
+        PyErr_Format(PyExc_TypeError, "%s_%s: %s must be %s; got None", FUNCTION(c),
+                     slot_name(c, slot, name), expected);
+    return -1;
+}
+
+/* An int: not a bool, a float, an array, nor None. */
+static int read_int(const call *c, int slot, int64_t *out)
+{
+    PyObject *value = c->values[slot];
+    if (!value || PyBool_Check(value) || PyArray_IsScalar(value, Bool) || PyArray_Check(value) ||
+        !PyIndex_Check(value))
+        return wrong_type(c, slot, "an int");
+    PyObject *number = PyNumber_Index(value);
+    if (!number)
+        return -1;
+    int overflow;
+    *out = PyLong_AsLongLongAndOverflow(number, &overflow);
+    Py_DECREF(number);
+    if (overflow)
+        PyErr_Format(PyExc_ValueError, "%s_%s: %s must fit in 64 bits; got %.80S", FUNCTION(c),
+                     c->op->fields[slot].name, value);
+    return overflow ? -1 : 0;
+}
+
+/* A finite float, or an int. */
+static int read_real(const call *c, int slot, double *out)
+{
+    PyObject *value = c->values[slot];
+    if (!value || PyBool_Check(value) ||
+        !(PyFloat_Check(value) || PyLong_Check(value) || PyArray_IsScalar(value, Floating) ||
+          PyArray_IsScalar(value, Integer)))
+        return wrong_type(c, slot, "a float");
+    *out = PyFloat_AsDouble(value);
+    if (*out == -1.0 && PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
+        return -1;
+    if (PyErr_Occurred() || !isfinite(*out)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%s_%s: %s must be finite; got %.80S", FUNCTION(c),
+                     c->op->fields[slot].name, value);
+        return -1;
+    }
+    return 0;
+}
+
+static int read_enum(const call *c, int slot, int *out)
+{
+    const bind_field *f = &c->op->fields[slot];
+    PyObject *value = c->values[slot];
+    if (!value || !PyUnicode_Check(value))
+        return wrong_type(c, slot, "a str");
+    Py_ssize_t n;
+    const char *word = PyUnicode_AsUTF8AndSize(value, &n), *at = f->text;
+    if (!word)
+        return -1;
+    for (int i = 0;; i++) {
+        const size_t length = strcspn(at, "|");
+        if ((size_t)n == length && !memcmp(at, word, length)) {
+            *out = i;
+            return 0;
+        }
+        if (!at[length])
+            break;
+        at += length + 1;
+    }
+    PyErr_Format(PyExc_ValueError, "%s_%s: %s must be one of %s; got %.80R", FUNCTION(c), f->name, f->text,
+                 value);
+    return -1;
+}
+
+/* Attributes into args, and the dims that are keywords. */
+static int read_scalars(call *c, char *args)
+{
+    for (int i = 0; i < c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i];
+        const bool given = c->values[i] || c->none[i];
+        int64_t whole = (int64_t)f->value;
+        double real = f->value;
+        int word = (int)f->value;
+        switch (f->kind) {
+        case BIND_DIM:
+            if (!given)
+                break;
+            if (read_int(c, i, &whole) < 0)
+                return -1;
+            if (whole < 0) {
+                PyErr_Format(PyExc_ValueError, "%s_%s: %s must be at least 0; got %lld", FUNCTION(c), f->name,
+                             (long long)whole);
+                return -1;
+            }
+            c->dims.value[f->name[0] - 'A'] = whole;
+            c->dims.known[f->name[0] - 'A'] = true;
+            c->dims.from[f->name[0] - 'A'] = "keyword";
+            break;
+        case BIND_INT:
+            if (given && read_int(c, i, &whole) < 0)
+                return -1;
+            *(int64_t *)(args + f->at) = whole;
+            break;
+        case BIND_REAL:
+            if (given && read_real(c, i, &real) < 0)
+                return -1;
+            *(double *)(args + f->at) = real;
+            break;
+        case BIND_ENUM:
+            if (given && read_enum(c, i, &word) < 0)
+                return -1;
+            *(int *)(args + f->at) = word;
+            break;
+        default:
+            break;
+        }
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- arrays */
+
+static bool wants(const call *c, const char *args, const bind_field *f)
+{
+    const bind_facts *facts = c->op->facts;
+    return f->kind != BIND_SAVED || !facts || !facts->wants || facts->wants(args, f->name);
+}
+
+static int missing(const call *c, int slot)
+{
+    char name[64], shape[96];
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    shape_text(f->text, shape, sizeof shape);
+    PyErr_Format(PyExc_TypeError, "%s_%s: %s is missing: a %s array of shape %s%s", FUNCTION(c),
+                 slot_name(c, slot, name), bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), shape,
+                 c->none[slot] ? "; got None" : "");
+    return -1;
+}
+
+/* Whether slot i is read, written, both or neither by this call. */
+static void slot_access(const call *c, int slot, bool *reads, bool *writes)
+{
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    if (slot >= c->op->count) {
+        *reads = c->backward && bind_has_upstream(f);
+        *writes = c->backward && bind_has_grad(f);
+    } else {
+        *reads = bind_is_input(f) || (c->backward && bind_is_output(f));
+        *writes = f->kind == BIND_INOUT || f->kind == BIND_INOPT || (!c->backward && bind_is_output(f));
+    }
+}
+
+/* All that can be said of an array before the dims are known. */
+static int check_array(const call *c, int slot, bool writes)
+{
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    PyObject *value = c->values[slot];
+    if (!PyArray_CheckExact(value)) /* a subclass may mean something else, such as a mask */
+        return wrong_type(c, slot, "a numpy.ndarray");
+    PyArrayObject *array = (PyArrayObject *)value;
+    const int type = slot >= c->op->count ? NPY_FLOAT32 : type_num(f->type);
+    if (!PyArray_EquivTypenums(PyArray_TYPE(array), type))
+        return wrong_array(c, slot, PyExc_TypeError, "");
+    if (PyArray_ISBYTESWAPPED(array))
+        return wrong_array(c, slot, PyExc_TypeError, " of the other byte order");
+    if (PyArray_NDIM(array) != shape_axes(f->text))
+        return wrong_array(c, slot, PyExc_ValueError, "");
+    if (!PyArray_IS_C_CONTIGUOUS(array))
+        return wrong_array(c, slot, PyExc_ValueError, ", not C-contiguous");
+    if (!PyArray_ISALIGNED(array))
+        return wrong_array(c, slot, PyExc_ValueError, ", misaligned");
+    if (writes && !PyArray_ISWRITEABLE(array))
+        return wrong_array(c, slot, PyExc_ValueError, ", read-only");
+    return 0;
+}
+
+static int check_arrays(const call *c, const char *args)
+{
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i % c->op->count];
+        bool reads, writes, required;
+        slot_access(c, i, &reads, &writes);
+        if (i < c->op->count)
+            required = bind_required(c->op, f, c->backward) && wants(c, args, f);
+        else
+            required = reads && f->grad == BIND_GRAD;
+        if (!c->values[i] && required)
+            return missing(c, i);
+        if (c->none[i] && !c->backward && f->kind == BIND_OUT &&
+            !(c->op->facts && bind_listed(c->op->facts->nullable, f->name)))
+            return missing(c, i);
+        if (c->values[i] && bind_is_array(f) && check_array(c, i, writes) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Writes the pointers that are known now into args and grads. */
+static void point(const call *c, char *args, char *grads)
+{
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i % c->op->count];
+        if (!c->values[i] || !bind_is_array(f))
+            continue;
+        void *data = PyArray_DATA((PyArrayObject *)c->values[i]);
+        if (i >= c->op->count)
+            *(void **)(grads + f->grad_at) = data;
+        else if (f->type == BIND_weight)
+            ((pm_weight *)(args + f->at))->w = data;
+        else
+            *(void **)(args + f->at) = data;
+    }
+}
+
+/* Every dim, or an error that says which one nothing determines. */
+static int fix_dims(call *c, char *args)
+{
+    if (learn_all_dims(c) < 0)
+        return -1;
+    for (int pass = 0; pass < 2 && c->op->facts && c->op->facts->infer; pass++) {
+        c->op->facts->infer(&c->dims, args); /* once more with what followed from it */
+        if (learn_all_dims(c) < 0)
+            return -1;
+    }
+    for (int i = 0; i < c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i];
+        const char *letter = f->kind == BIND_LD ? f->text : f->name;
+        if (f->kind != BIND_DIM && f->kind != BIND_LD)
+            continue;
+        if (!c->dims.known[*letter - 'A']) {
+            PyErr_Format(PyExc_TypeError, "%s_%s: no array determines %s: give it as a keyword, %s=...",
+                         FUNCTION(c), letter, letter);
+            return -1;
+        }
+        *(int64_t *)(args + f->at) = c->dims.value[*letter - 'A'];
+    }
+    for (int i = 0; i < c->op->count; i++) {
+        npy_intp shape[BIND_MOST_AXES];
+        int axes;
+        if (bind_is_array(&c->op->fields[i]) && whole_shape(c, &c->op->fields[i], shape, &axes) < 0)
+            return -1;
+    }
+    /* An axis that was skipped while two of its letters were unknown is compared here. */
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i % c->op->count];
+        npy_intp shape[BIND_MOST_AXES];
+        int axes;
+        if (!c->values[i] || !bind_is_array(f))
+            continue;
+        if (whole_shape(c, f, shape, &axes) < 0)
+            return -1;
+        if (!PyArray_CompareLists(shape, PyArray_DIMS((PyArrayObject *)c->values[i]), axes))
+            return wrong_array(c, i, PyExc_ValueError, "");
+    }
+    return 0;
+}
+
+/* A new array for each output (or gradient) that was not given. */
+static int make_arrays(call *c, const char *args)
+{
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i % c->op->count];
+        bool reads, writes;
+        slot_access(c, i, &reads, &writes);
+        if (!writes || c->values[i] || c->none[i] || !wants(c, args, f))
+            continue;
+        if (f->kind == BIND_INOPT || (i >= c->op->count && !c->values[i - c->op->count]))
+            continue; /* absent; or the gradient of an input that is */
+        npy_intp shape[BIND_MOST_AXES];
+        int axes;
+        if (whole_shape(c, f, shape, &axes) < 0)
+            return -1;
+        PyObject *array = PyArray_ZEROS(axes, shape, i < c->op->count ? type_num(f->type) : NPY_FLOAT32, 0);
+        if (!array)
+            return -1;
+        c->values[i] = c->made[i] = array;
+        if (bind_poison && f->grad != BIND_ADD)
+            memset(PyArray_DATA((PyArrayObject *)array), 0xff, (size_t)PyArray_NBYTES((PyArrayObject *)array));
+    }
+    return 0;
+}
+
+static bool may_alias(const call *c, const char *written, const char *read)
+{
+    char pair[140];
+    snprintf(pair, sizeof pair, "%s=%s", written, read);
+    return c->op->facts && bind_listed(c->op->facts->aliases, pair);
+}
+
+/* No written array may share memory with another argument, but for the aliases of the contract. */
+static int check_overlap(const call *c)
+{
+    for (int w = 0; w < 2 * c->op->count; w++) {
+        bool reads, writes;
+        slot_access(c, w, &reads, &writes);
+        if (!writes || !c->values[w] || c->made[w])
+            continue;
+        const char *from = PyArray_BYTES((PyArrayObject *)c->values[w]);
+        const char *to = from + PyArray_NBYTES((PyArrayObject *)c->values[w]);
+        for (int r = 0; r < 2 * c->op->count; r++) {
+            char written[64], read[64];
+            if (r == w || !c->values[r] || c->made[r] || !bind_is_array(&c->op->fields[r % c->op->count]))
+                continue;
+            const char *begin = PyArray_BYTES((PyArrayObject *)c->values[r]);
+            const char *end = begin + PyArray_NBYTES((PyArrayObject *)c->values[r]);
+            if (from == to || begin == end || end <= from || to <= begin)
+                continue;
+            slot_name(c, w, written), slot_name(c, r, read);
+            if (begin == from && end == to && (may_alias(c, written, read) || may_alias(c, read, written)))
+                continue;
+            PyErr_Format(PyExc_ValueError, "%s_%s: %s shares memory with %s", FUNCTION(c), written, read);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- the call */
+
+static PyObject *result(const call *c)
+{
+    PyObject *dict = PyDict_New();
+    for (int i = 0; dict && i < 2 * c->op->count; i++) {
+        char name[64];
+        bool reads, writes;
+        slot_access(c, i, &reads, &writes);
+        if (writes && c->values[i] && PyDict_SetItemString(dict, slot_name(c, i, name), c->values[i]) < 0)
+            Py_CLEAR(dict);
+    }
+    return dict;
+}
+
+static PyObject *run(PyObject *module, call *c, void *args, void *grads)
+{
+    pm_ctx ctx = {.backend = core_get_state(module)->backend};
+    const bind_facts *facts = c->op->facts;
+    if (facts && facts->check) {
+        const pm_status status = facts->check(&ctx, args, c->backward);
+        if (status != PM_OK) {
+            PyErr_Format(PyExc_ValueError, "%s_%s: %s", FUNCTION(c), ctx.message);
+            return NULL;
+        }
+    }
+    core_section section;
+    if (core_enter(&section, &ctx) < 0)
+        return NULL;
+    pm_status status = PM_ENOMEM;
+    const size_t bytes = c->op->workspace(&ctx, args, c->backward);
+    void *scratch = bytes ? pm_os_alloc(bytes) : NULL;
+    if (scratch || !bytes) {
+        if (bind_poison && bytes)
+            memset(scratch, 0xff, bytes);
+        status = c->backward ? c->op->backward(&ctx, args, grads, scratch)
+                             : c->op->forward(&ctx, args, scratch);
+        if (scratch)
+            pm_os_free(scratch, bytes);
+    }
+    core_leave(&section);
+    return status == PM_OK ? result(c) : core_raise(&ctx, status);
+}
+
+PyObject *bind_call(PyObject *module, const bind_op *op, bool backward, PyObject *const *arguments,
+                    Py_ssize_t count, PyObject *keywords)
+{
+    call c = {.op = op, .backward = backward};
+    _Alignas(16) char args[BIND_ARGS_BYTES] = {0}, grads[BIND_GRADS_BYTES] = {0};
+    PyObject *dict = NULL;
+    if (read_arguments(&c, arguments, count, keywords) < 0 || read_scalars(&c, args) < 0 ||
+        check_arrays(&c, args) < 0)
+        goto done;
+    point(&c, args, grads);
+    if (fix_dims(&c, args) < 0 || check_overlap(&c) < 0 || make_arrays(&c, args) < 0)
+        goto done;
+    point(&c, args, grads);
+    dict = run(module, &c, args, grads);
+done:
+    for (int i = 0; i < 2 * op->count; i++)
+        Py_XDECREF(c.made[i]);
+    return dict;
+}
