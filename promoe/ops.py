@@ -42,7 +42,7 @@ def names() -> list[str]:
 
 
 def upstream(op: str) -> list[str]:
-    """The outputs of an op whose gradients its backward reads, as ``d<output>``."""
+    """The outputs of an op whose gradients its backward takes as ``d<output>``."""
     return [name for _, name, _, _, grad, _ in _fields_of(op) if grad in ("GRAD", "MAYBE")]
 
 
