@@ -174,23 +174,12 @@ static pm_status unpatchify_check(pm_ctx *ctx, const void *args, bool backward)
     return patch_check(ctx, PATCH_COUNT(g), g->V, g->T, g->P, g->C);
 }
 
-static pm_status timestep_embedding_check(pm_ctx *ctx, const void *args, bool backward)
-{
-    (void)backward;
-    const pm_timestep_embedding_args *g = args;
-    return g->F % 2 ? pm_fail(ctx, PM_EINVAL, "F must be even; got %lld", (long long)g->F) : PM_OK;
-}
-
 static pm_status residual_check(pm_ctx *ctx, const void *args, bool backward)
 {
     const pm_residual_layernorm_modulate_args *g = args;
     if (g->branch && !g->xo)
         return pm_fail(ctx, PM_EINVAL, "xo is missing: %s",
                        backward ? "backward reads it when there is a branch" : "there is a branch to add");
-    if (!g->shift != !g->scale)
-        return pm_fail(ctx, PM_EINVAL, "shift and scale must both be given, or neither");
-    if (g->gate && !g->branch)
-        return pm_fail(ctx, PM_EINVAL, "gate without branch");
     return PM_OK;
 }
 
@@ -335,7 +324,6 @@ static pm_status euler_step_check(pm_ctx *ctx, const void *args, bool backward)
 
 static const bind_facts facts[OPS] = {
     [OP_patch_embed] = {.unread = " y ", .infer = patch_embed_infer, .check = patch_embed_check},
-    [OP_timestep_embedding] = {.check = timestep_embedding_check},
     [OP_linear] = {.unread = " y ", .wants = linear_wants},
     [OP_label_embedding] = {.unread = " c "},
     [OP_silu] = {.unread = " y "},
