@@ -118,7 +118,7 @@ def test_impossible_models_are_refused(changes, message):
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(density="cosine"), "logit_normal, uniform, mode"), (dict(shift=0), "shift = 0.0"),
+    (dict(density="cosine"), "logit_normal, uniform, mode"), (dict(shift=0), "shift = 0: must"),
     (dict(logit_std=-1), "logit_std"), (dict(logit_mean=float("inf")), "finite")])
 def test_impossible_objectives_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -188,13 +188,21 @@ def test_official_yaml():
     (dict(model="ProMoE_TC", moe=dict(num_routed_experts=4)), ValueError,
      "moe_intermediate_size is missing"),
     (dict(model="DiT", use_swiglu=True), ValueError, "use_swiglu"),
-    (dict(model="DiT", head_dim=10, **SIZES), ValueError, "head_dim = 10"),
+    (dict(model="DiT", head_dim=0, **SIZES), ValueError, "head_dim = 0"),
     (dict(model="ProMoE_TC", moe={**MOE, "init_MoeMLP": True}), ValueError, "init_MoeMLP"),
     ("DiT", TypeError, "mapping"),
 ])
 def test_official_errors(mapping, error, message):
     with pytest.raises(error, match=message):
         ModelConfig.from_official(mapping)
+
+
+def test_head_dim_counts():
+    plain = ModelConfig(input_size=8, hidden_size=32, depth=1, num_heads=2)
+    wide = plain.replace(head_dim=20)
+    # qkv and proj: 8 more rows of q, k and v, and 8 more columns of proj
+    assert wide.head_size == 20 and wide.num_params - plain.num_params == 3 * 8 * 33 + 8 * 32
+    assert ModelConfig.from_official(dict(model="DiT", head_dim=20, **SIZES)).head_size == 20
 
 
 def test_norm_topk_prob_is_said_to_be_ignored():

@@ -161,7 +161,7 @@ def test_damaged_images_are_named(folder):
     (folder / "b" / "0.png").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(ValueError, match=r"b/0\.png cannot be read"):
         source.read([2])
-    with pytest.raises(ValueError, match=r"a/1\.png"):
+    with pytest.raises(ValueError, match=r"/[01]\.png cannot be read"):  # from the reading thread
         for _ in zip(range(3), data.batches(source, 0, 0, 4)):
             pass
 
