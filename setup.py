@@ -1,8 +1,11 @@
 """Builds promoe._core: the C core and the extension, with nothing but a C compiler and NumPy."""
 
+import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
@@ -18,10 +21,29 @@ SOURCES = sorted(
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/ops.def") + glob("csrc/cpu/*.c"))
 
 
+def contract(op):
+    """The comment that opens csrc/ops/<op>.h, in Python's words: the docstrings show it."""
+    text = re.match(r"/\* (.*?) ?\*/", Path(f"csrc/ops/{op}.h").read_text(), re.S)[1]
+    text = re.sub(r"\n \* ?", "\n", text)
+    for c, python in {"NULL": "None", "PM_EINVAL": "ValueError", "PM_EDATA": "ValueError"}.items():
+        text = text.replace(c, python)
+    return text
+
+
+def write_contracts(path):
+    """PM_CONTRACT(op, "text") for every op, for csrc/python/docs.c."""
+    ops = re.findall(r"^PM_OP\((\w+)", Path("csrc/ops.def").read_text(), re.M)
+    lines = [f"PM_CONTRACT({op}, {json.dumps(contract(op))})\n" for op in ops]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+
+
 class ParallelBuild(build_ext):
     """Compiles the files of the extension side by side, one per CPU."""
 
     def build_extensions(self):
+        write_contracts(Path(self.build_temp) / "contracts.def")
+        self.extensions[0].include_dirs.append(self.build_temp)
         compile_one_by_one = self.compiler.compile
 
         def compile_side_by_side(sources, **keywords):

@@ -186,11 +186,24 @@ static void add_returns(page *p, const bind_op *op, bool backward)
     add(p, "\n");
 }
 
+/* The comment that opens ops/<op>.h; contracts.def is written by setup.py. */
+static const char *contract(const char *op)
+{
+#define PM_CONTRACT(name, text)                                                                    \
+    if (!strcmp(op, #name))                                                                        \
+        return text;
+#include "contracts.def"
+#undef PM_CONTRACT
+    return op;
+}
+
 char *bind_docstring(const bind_op *op, bool backward)
 {
     page p = {.text = malloc(4096), .room = 4096};
     add_signature(&p, op, backward);
-    add(&p, "%s%s.\n\n", backward ? "The gradients of " : "", op->name);
+    if (backward)
+        add(&p, "Gradients of %s_forward.\n\n", op->name);
+    add(&p, "%s\n\n", contract(op->name));
     add_parameters(&p, op, backward);
     add_returns(&p, op, backward);
     add(&p, "Raises\n------\n"
