@@ -43,14 +43,14 @@ static void linear_forward_finish(void *arg, int64_t row0, int m, int64_t col0, 
     const linear_block *block = arg;
     const pm_linear_args *g = block->job->g;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        int64_t width = pm_min(PM_WIDTH, n - j);
-        vf bias = g->bias ? v_load_n(g->bias + col0 + j, width) : v_zero();
+        int64_t left = n - j;
+        vf bias = g->bias ? v_get(g->bias + col0 + j, left) : v_zero();
         for (int i = 0; i < m; i++) {
             int64_t at = (block->row0 + row0 + i) * g->F + col0 + j;
             vf pre = v_load(tile + i * PM_NR + j) + bias;
             if (g->pre && g->activation != PM_ACT_NONE)
-                v_store_n(g->pre + at, pre, width);
-            v_store_n(g->y + at, linear_activate(pre, g->activation), width);
+                v_put(g->pre + at, pre, left);
+            v_put(g->y + at, linear_activate(pre, g->activation), left);
         }
     }
 }
@@ -91,15 +91,15 @@ static void linear_dpre_task(void *arg, int64_t task, int worker)
     float *dpre = (float *)job->dpre;
     int64_t begin = task * LINEAR_ELEMENTS, end = pm_min(g->N * g->F, begin + LINEAR_ELEMENTS);
     for (int64_t i = begin; i < end; i += PM_WIDTH) {
-        int64_t width = pm_min(PM_WIDTH, end - i);
-        vf x = v_load_n(g->pre + i, width), slope;
+        int64_t left = end - i;
+        vf x = v_get(g->pre + i, left), slope;
         if (g->activation == PM_ACT_SILU) {
             vf s = v_sigmoid(x);
             slope = v_fma(x * s, v_set(1.0f) - s, s);
         } else {
             slope = v_dgelu(x);
         }
-        v_store_n(dpre + i, v_load_n(job->d->dy + i, width) * slope, width);
+        v_put(dpre + i, v_get(job->d->dy + i, left) * slope, left);
     }
 }
 
@@ -111,9 +111,9 @@ static void linear_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64
     for (int i = 0; i < m; i++) {
         float *dx = block->job->d->dx + (block->row0 + row0 + i) * g->D + col0;
         for (int64_t j = 0; j < n; j += PM_WIDTH) {
-            int64_t width = pm_min(PM_WIDTH, n - j);
+            int64_t left = n - j;
             vf v = v_load(tile + i * PM_NR + j);
-            v_store_n(dx + j, g->dx_add ? v_load_n(dx + j, width) + v : v, width);
+            v_put(dx + j, g->dx_add ? v_get(dx + j, left) + v : v, left);
         }
     }
 }

@@ -114,11 +114,11 @@ static void patch_embed_forward_finish(void *arg, int64_t row0, int m, int64_t c
     for (int i = 0; i < m; i++) {
         int64_t row = block->row0 + row0 + i;
         for (int64_t j = 0; j < n; j += PM_WIDTH) {
-            int64_t width = pm_min(PM_WIDTH, n - j), col = col0 + j;
-            vf y = v_load(tile + i * PM_NR + j) + v_load_n(g->bias + col, width);
+            int64_t left = n - j, col = col0 + j;
+            vf y = v_load(tile + i * PM_NR + j) + v_get(g->bias + col, left);
             if (g->pos)
-                y += v_load_n(g->pos + row % g->T * g->D + col, width);
-            v_store_n(g->y + row * g->D + col, y, width);
+                y += v_get(g->pos + row % g->T * g->D + col, left);
+            v_put(g->y + row * g->D + col, y, left);
         }
     }
 }
