@@ -115,6 +115,30 @@ static inline vf v_keep(vf x, int64_t left)
     return v_load_n(t, left);
 }
 
+/* Transposes PM_WIDTH x PM_WIDTH in registers: log2(PM_WIDTH) perfect shuffles. */
+#if PM_WIDTH == 16
+#define V_LOW (vi){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#elif PM_WIDTH == 8
+#define V_LOW (vi){0, 8, 1, 9, 2, 10, 3, 11}
+#else
+#define V_LOW (vi){0, 4, 1, 5}
+#endif
+static inline __attribute__((always_inline)) void v_transpose(vf row[PM_WIDTH])
+{
+    _Pragma("GCC unroll 4") for (int stage = 1; stage < PM_WIDTH; stage *= 2)
+    {
+        vf next[PM_WIDTH];
+        _Pragma("GCC unroll 8") for (int i = 0; i < PM_WIDTH / 2; i++)
+        {
+            next[2 * i] = __builtin_shuffle(row[i], row[i + PM_WIDTH / 2], V_LOW);
+            next[2 * i + 1] = __builtin_shuffle(row[i], row[i + PM_WIDTH / 2], V_LOW + PM_WIDTH / 2);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < PM_WIDTH; i++)
+            row[i] = next[i];
+    }
+}
+#undef V_LOW
+
 /* Lanes are added pairwise, in a fixed order. */
 static inline float v_sum(vf x)
 {

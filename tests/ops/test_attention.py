@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+import promoe
+from promoe import ops
+from tests.oracle import attention as oracle
+
+from .common import check_backward, check_finite_differences, make
+
+
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_matches_oracle(case):
+    check_backward("attention", case)
+
+
+@pytest.mark.parametrize("case", ["T=5 K=3", "T=16 K=8", "one head"])
+def test_finite_differences(case):
+    check_finite_differences("attention", case, ["qkv"])
+
+
+def test_finite_differences_norm():
+    check_finite_differences("attention", "one head norm", ["qkv", "q_weight", "q_bias", "k_weight", "k_bias"])
+
+
+def step(inputs, **buffers):
+    outs = ops.attention_forward(**inputs)
+    dy = np.random.default_rng(4).standard_normal(outs["y"].shape).astype(np.float32)
+    return outs, ops.attention_backward(**inputs, **outs, dy=dy, **buffers)
+
+
+def test_one_token_copies_v():
+    inputs = make("attention", "T=1 K=64")
+    outs, grads = step(inputs)
+    np.testing.assert_allclose(outs["y"], inputs["qkv"][:, 256:], rtol=1e-6)
+    np.testing.assert_allclose(grads["dqkv"][:, :256], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [30, 1e10, 1e18])
+def test_large_scores_do_not_overflow(size):
+    """Scores up to 1e36: each row gives all its weight to the largest score."""
+    q = np.eye(5, dtype=np.float32) * np.float32(size)
+    v = np.arange(25, dtype=np.float32).reshape(5, 5)
+    outs, grads = step({"qkv": np.hstack([q, q, v]), "B": 1, "H": 1})
+    np.testing.assert_allclose(outs["y"], v, rtol=1e-5, atol=1e-30)
+    assert np.isfinite(outs["lse"]).all() and np.isfinite(grads["dqkv"]).all()
+
+
+@pytest.mark.parametrize("case", ["T=33 K=8", "T=33 K=8 norm"])
+@pytest.mark.parametrize("part", range(3), ids="qkv")
+def test_nan_reaches_what_depends_on_it_and_nothing_else(case, part):
+    """A NaN in token 7 of image 0, head 1: in q its row, in k all rows, in v a channel of all rows."""
+    inputs = make("attention", case)
+    inputs["qkv"].reshape(2, 33, 3, 2, 8)[0, 7, part, 1, 3] = np.nan
+    outs, grads = step(inputs)
+    y, dqkv = outs["y"].reshape(2, 33, 2, 8), grads["dqkv"].reshape(2, 33, 3, 2, 8)
+    expected = np.zeros(y.shape, bool)
+    if part == 0:
+        expected[0, 7, 1] = True
+    elif part == 1:
+        expected[0, :, 1] = True
+    else:
+        expected[0, :, 1, 3] = True
+    np.testing.assert_array_equal(np.isnan(y), expected)
+    assert np.isnan(dqkv[0, 7, :, 1]).any()
+    assert np.isfinite(dqkv[1]).all() and np.isfinite(dqkv[0, :, :, 0]).all()
+
+
+def test_infinite_scores_are_nan_not_a_crash():
+    qkv = np.full((3, 12), np.inf, np.float32)
+    assert np.isnan(ops.attention_forward(qkv=qkv, B=1, H=1)["y"]).all()
+
+
+def test_gradients_of_the_norms_accumulate():
+    inputs = make("attention", "T=33 K=8 norm")
+    names = ["dq_weight", "dq_bias", "dk_weight", "dk_bias"]
+    _, fresh = step(inputs)
+    given = {name: np.full(8, 3, np.float32) for name in names}
+    _, got = step(inputs, **given)
+    for name in names:
+        assert got[name] is given[name]
+        np.testing.assert_allclose(given[name], 3 + fresh[name], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_and_images_are_independent():
+    """The same bits alone and beside others, where the query rows are cut in the same way."""
+    inputs = make("attention", "T=33 K=64")
+    whole = ops.attention_forward(**inputs)["y"].reshape(2, 33, 2, 64)
+    qkv = inputs["qkv"].reshape(2, 33, 3, 2, 64)
+    for b in range(2):
+        for h in range(2):
+            alone = np.ascontiguousarray(qkv[b, :, :, h]).reshape(33, 192)
+            np.testing.assert_array_equal(ops.attention_forward(qkv=alone, B=1, H=1)["y"], whole[b, :, h])
+
+
+@pytest.mark.parametrize("case", ["many small heads norm", "row blocks norm", "T=70 K=72"])
+def test_same_bits_for_any_thread_count(case):
+    inputs = make("attention", case)
+    results = []
+    for threads in (1, 2):
+        promoe.set_num_threads(threads)
+        outs, grads = step(inputs)
+        results.append({**outs, **grads})
+    for name, value in results[0].items():
+        np.testing.assert_array_equal(value, results[1][name], err_msg=name)
