@@ -9,8 +9,9 @@
  *   label = null_label with probability drop_prob, else y
  *
  * key = {seed, position of sample 0}; every draw of sample b depends only on (seed, position + b).
- * A non-finite x0 is PM_EDATA naming the sample; a label outside 0..null_label is PM_EINVAL. C is the
- * number of channels, V the number of pixels (voxels) of each. */
+ * A non-finite x0 is PM_EDATA naming the sample; a label outside 0..null_label, or an attribute that
+ * makes no sense, is PM_EINVAL; then nothing is written. C is the number of channels, V the number of
+ * pixels (voxels) of each. */
 #ifndef PM_OPS_RECTIFIED_FLOW_H
 #define PM_OPS_RECTIFIED_FLOW_H
 enum { PM_DENSITY_LOGIT_NORMAL, PM_DENSITY_UNIFORM, PM_DENSITY_MODE };

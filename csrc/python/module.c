@@ -87,7 +87,7 @@ PyDoc_STRVAR(set_num_threads_doc,
 "Parameters\n----------\n"
 "threads : int\n    1 to 1024.\n\n"
 "Notes\n-----\n"
-"The default is PROMOE_NUM_THREADS or OMP_NUM_THREADS, at most the CPUs that this process may use.\n"
+"The default is PROMOE_NUM_THREADS, or OMP_NUM_THREADS, or the CPUs that this process may use.\n"
 "Results are the same bits for any number. Waits for a computation that runs in another thread.");
 
 static PyObject *set_num_threads(PyObject *Py_UNUSED(module), PyObject *value)
@@ -219,7 +219,7 @@ static int core_exec(PyObject *module)
     core_state *state = PyModule_GetState(module);
     char message[256] = "";
     state->backend = pm_cpu_backend(NULL, message, sizeof message);
-    if (!state->backend) {
+    if (!state->backend || pm_default_threads_checked(message, sizeof message) < 0) {
         PyErr_SetString(PyExc_ImportError, message);
         return -1;
     }
