@@ -690,6 +690,8 @@ static PyObject *result(const call *c)
     return dict;
 }
 
+enum { GUARD = 256 }; /* bytes behind the scratch, when it is poisoned */
+
 static PyObject *run(PyObject *module, call *c, void *args, void *grads)
 {
     pm_ctx ctx = {.backend = core_get_state(module)->backend};
@@ -706,14 +708,18 @@ static PyObject *run(PyObject *module, call *c, void *args, void *grads)
         return NULL;
     pm_status status = PM_ENOMEM;
     const size_t bytes = c->op->workspace(&ctx, args, c->backward);
-    void *scratch = bytes ? pm_os_alloc(bytes) : NULL;
-    if (scratch || !bytes) {
-        if (bind_poison && bytes)
-            memset(scratch, 0xff, bytes);
+    const size_t guard = bind_poison ? GUARD : 0;
+    char *scratch = bytes + guard ? pm_os_alloc(bytes + guard) : NULL;
+    if (scratch || !(bytes + guard)) {
+        if (bind_poison)
+            memset(scratch, 0xff, bytes + guard);
         status = c->backward ? c->op->backward(&ctx, args, grads, scratch)
                              : c->op->forward(&ctx, args, scratch);
+        for (size_t i = 0; i < guard; i++)
+            if ((unsigned char)scratch[bytes + i] != 0xff)
+                status = pm_fail(&ctx, PM_EINTERNAL, "%s: wrote beyond its workspace", c->op->name);
         if (scratch)
-            pm_os_free(scratch, bytes);
+            pm_os_free(scratch, bytes + guard);
     }
     core_leave(&section);
     return status == PM_OK ? result(c) : core_raise(&ctx, status);

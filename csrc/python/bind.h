@@ -114,7 +114,7 @@ PyObject *bind_call(PyObject *module, const bind_op *op, bool backward, PyObject
 /* The docstring of a function, with its text signature, by malloc; NULL: out of memory (docs.c). */
 char *bind_docstring(const bind_op *op, bool backward);
 
-/* For tests: fill scratch and new outputs with 0xff bytes (NaN, -1) first. */
+/* For tests: fill scratch and new outputs with 0xff bytes (NaN, -1) first, and watch the scratch's end. */
 extern bool bind_poison;
 
 #endif

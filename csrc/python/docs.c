@@ -52,7 +52,16 @@ static void add_word(page *p, const char *words, int index)
 
 static bool optional(const bind_op *op, const bind_field *f, bool backward)
 {
-    return !bind_required(op, f, backward);
+    const bool only_sometimes = f->kind == BIND_SAVED && op->facts && op->facts->wants;
+    return !bind_required(op, f, backward) || only_sometimes;
+}
+
+/* A float as Python writes it: 1.0, 1e-06. */
+static void add_real(page *p, double value)
+{
+    char *text = PyOS_double_to_string(value, 'r', 0, Py_DTSF_ADD_DOT_0, NULL);
+    add(p, "%s", text ? text : "...");
+    PyMem_Free(text);
 }
 
 /* experts_forward($module, /, x, row_off=None, ..., *, foff, ...) */
@@ -86,8 +95,10 @@ static void add_signature(page *p, const bind_op *op, bool backward)
         const bind_field *f = &op->fields[i];
         if (f->kind == BIND_INT)
             add(p, ", %s=%lld", f->name, (long long)f->value);
-        if (f->kind == BIND_REAL)
-            add(p, ", %s=%.17g", f->name, f->value);
+        if (f->kind == BIND_REAL) {
+            add(p, ", %s=", f->name);
+            add_real(p, f->value);
+        }
         if (f->kind == BIND_ENUM) {
             add(p, ", %s=", f->name);
             add_word(p, f->text, (int)f->value);
@@ -147,8 +158,11 @@ static void add_parameters(page *p, const bind_op *op, bool backward)
         const bind_field *f = &op->fields[i];
         if (f->kind == BIND_INT)
             add(p, "%s : int, default %lld\n", f->name, (long long)f->value);
-        if (f->kind == BIND_REAL)
-            add(p, "%s : float, default %.9g\n", f->name, f->value);
+        if (f->kind == BIND_REAL) {
+            add(p, "%s : float, default ", f->name);
+            add_real(p, f->value);
+            add(p, "\n");
+        }
         if (f->kind == BIND_ENUM) {
             add(p, "%s : {", f->name);
             int words = 1;
