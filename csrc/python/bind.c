@@ -368,12 +368,16 @@ static int wrong_type(const call *c, int slot, const char *expected)
     return -1;
 }
 
-/* An int: not a bool, a float, an array, nor None. */
+bool bind_is_int(PyObject *value)
+{
+    return PyIndex_Check(value) && !PyBool_Check(value) && !PyArray_IsScalar(value, Bool) &&
+           !PyArray_Check(value);
+}
+
 static int read_int(const call *c, int slot, int64_t *out)
 {
     PyObject *value = c->values[slot];
-    if (!value || PyBool_Check(value) || PyArray_IsScalar(value, Bool) || PyArray_Check(value) ||
-        !PyIndex_Check(value))
+    if (!value || !bind_is_int(value))
         return wrong_type(c, slot, "an int");
     PyObject *number = PyNumber_Index(value);
     if (!number)

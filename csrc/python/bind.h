@@ -104,6 +104,9 @@ int bind_positional(const bind_op *op);
 /* Whether a call must give this array of the field list. */
 bool bind_required(const bind_op *op, const bind_field *f, bool backward);
 
+/* An int to Python: not a bool, a float, nor an array. */
+bool bind_is_int(PyObject *value);
+
 /* "float32" and so on. */
 const char *bind_type_name(bind_type type);
 

@@ -92,7 +92,7 @@ PyDoc_STRVAR(set_num_threads_doc,
 
 static PyObject *set_num_threads(PyObject *Py_UNUSED(module), PyObject *value)
 {
-    if (PyBool_Check(value) || !PyIndex_Check(value)) {
+    if (!bind_is_int(value)) {
         PyErr_Format(PyExc_TypeError, "set_num_threads: threads must be an int; got %.80s",
                      Py_TYPE(value)->tp_name);
         return NULL;
