@@ -46,9 +46,9 @@ def check_keys(what, given, known):
 class _Fields:
     """Checks fields of one dataclass instance and stores them in their canonical type."""
 
-    def __init__(self, instance):
+    def __init__(self, instance, what=None):
         self.instance = instance
-        self.what = type(instance).__name__
+        self.what = what or type(instance).__name__
 
     def fail(self, name, must, error=ValueError):
         value = getattr(self.instance, name)
@@ -100,6 +100,17 @@ class _Fields:
             self.fail(name, f"must be one of {', '.join(words)}", TypeError)
         if value not in words:
             self.fail(name, f"must be one of {', '.join(words)}{nearest(value, words)}")
+
+    def decays(self, name):
+        """Two numbers in [0, 1)."""
+        value = getattr(self.instance, name)
+        try:
+            first, second = (float(v) for v in value)
+        except (TypeError, ValueError):
+            self.fail(name, "must be two numbers", TypeError)
+        if not (0 <= first < 1 and 0 <= second < 1):
+            self.fail(name, "both must be at least 0 and below 1")
+        return first, second
 
     def lengths(self, name):
         """An int, or a tuple of 1 to 3 ints, each at least 1."""
@@ -512,6 +523,57 @@ class RectifiedFlow:
     def from_dict(cls, mapping):
         """The inverse of `to_dict`; missing fields take their defaults."""
         return _from_dict(cls, mapping)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The numbers of `promoe.train`; its docstring says what they mean."""
+
+    steps: int
+    checkpoint_every: int
+    keep_last: int
+    log_every: int
+    seed: int
+    batch_size: int
+    micro_batch: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+    ema: float
+    warmup: int
+    flip: bool
+
+    def __post_init__(self):
+        check = _Fields(self, "train")
+        for name, least in (("steps", 0), ("checkpoint_every", 1), ("keep_last", 1), ("warmup", 0),
+                            ("log_every", 1), ("batch_size", 1), ("micro_batch", 1)):
+            check.integer(name, least)
+        check.integer("seed", 0, 2**63 - 1)
+        for name in ("lr", "eps", "weight_decay", "clip"):
+            check.real(name, 0)
+        check.real("ema", 0, 1)
+        check.flag("flip")
+        check.put("betas", check.decays("betas"))
+
+    def to_dict(self):
+        """What determines the weights at a given step, in JSON types; a resumed run must agree."""
+        free = ("steps", "checkpoint_every", "keep_last", "log_every", "seed")
+        return {k: list(v) if isinstance(v, tuple) else v
+                for k, v in dataclasses.asdict(self).items() if k not in free}
+
+    def rate(self, step):
+        """Learning rate of the update after `step` updates: linear warm-up, then constant."""
+        return self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
+
+    def optimizer(self, step):
+        """Arguments of ``Model.update`` after `step` updates."""
+        return dict(lr=self.rate(step), betas=self.betas, eps=self.eps, clip=self.clip, ema=self.ema,
+                    weight_decay=self.weight_decay)
 
 
 # ---------------------------------------------------------------- presets
