@@ -1,7 +1,7 @@
 """Loads the models of a checkout of the public PyTorch code (github.com/ali-vilab/ProMoE, MIT), unmodified.
 
 Only what keeps it from running on a CPU without further packages is stood in for: `timm`, of which it uses the
-patch embedding alone (a convolution with kernel = stride, flattened), is replaced by those three lines.
+patch embedding (a convolution with kernel = stride, flattened) and the two-layer MLP, is replaced by those few lines.
 """
 
 import contextlib
@@ -31,10 +31,20 @@ def _stand_in_for_timm():
         def forward(self, x):
             return self.proj(x).flatten(2).transpose(1, 2)
 
+    class Mlp(torch.nn.Module):
+        def __init__(self, in_features, hidden_features, act_layer, drop=0):
+            super().__init__()
+            self.fc1 = torch.nn.Linear(in_features, hidden_features)
+            self.act = act_layer()
+            self.fc2 = torch.nn.Linear(hidden_features, in_features)
+
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(x)))
+
     names = ["timm", "timm.models", "timm.models.vision_transformer"]
     for name in names:
         sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules[names[-1]].PatchEmbed = PatchEmbed
+    sys.modules[names[-1]].PatchEmbed, sys.modules[names[-1]].Mlp = PatchEmbed, Mlp
 
 
 def load(repo, model, moe=None, **arguments):
