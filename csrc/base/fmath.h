@@ -18,6 +18,13 @@
 #define PM_FMATH static inline __attribute__((always_inline))
 #endif
 
+/* A product that leaves a function, so that its caller may add it to something. */
+#if defined(__CUDA_ARCH__)
+#define PM_PRODUCT(a, b) __fmul_rn(a, b)
+#else
+#define PM_PRODUCT(a, b) ((a) * (b))
+#endif
+
 PM_FMATH int32_t pm_float_bits(float x)
 {
     int32_t bits;

@@ -67,8 +67,8 @@ PM_FMATH void pm_normal_pair(uint32_t word0, uint32_t word1, float *x0, float *x
     const float radius = sqrtf(-2.0f * pm_log(u));
     float sine, cosine;
     pm_sincos2pi((float)(int32_t)(word1 >> 8) * 0x1p-24f, &sine, &cosine);
-    *x0 = radius * cosine;
-    *x1 = radius * sine;
+    *x0 = PM_PRODUCT(radius, cosine);
+    *x1 = PM_PRODUCT(radius, sine);
 }
 
 #if !defined(__CUDACC__)

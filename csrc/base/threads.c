@@ -263,7 +263,7 @@ void pm_parallel(pm_pool *pool, int64_t tasks, pm_task fn, void *arg)
     if (mode != pm_cpu_default_float_mode)
         pm_cpu_set_float_mode(pm_cpu_default_float_mode);
 
-    if (tasks == 1 || pool->threads == 1) {
+    if (tasks == 1 || !pool || pool->threads == 1) {
         for (int64_t task = 0; task < tasks; task++)
             fn(arg, task, 0);
     } else {

@@ -10,7 +10,7 @@
 
 /* Runs fn(arg, task, worker) for every task in 0..tasks-1 and returns when all are done; worker is in
  * 0..pm_pool_threads(pool)-1 and no two running tasks of the call share one (it selects per-worker
- * scratch). The calling thread is worker 0. Tasks start in order. Every task runs in the default
+ * scratch). The calling thread is worker 0; without a pool (NULL) it works alone. Every task runs in the default
  * floating-point mode, whatever the caller's. A second caller of the same pool waits for the first.
  * Not reentrant: fn must not call pm_parallel. */
 typedef void (*pm_task)(void *arg, int64_t task, int worker);

@@ -23,6 +23,12 @@ static noise_range noise_place(int64_t B, int64_t M, int64_t task)
     return (noise_range){b, pm_min(B, b + rows), i, pm_min(NOISE_BLOCK, M - i)};
 }
 
+/* The position of sample b; it wraps around. */
+static int64_t noise_position(const int64_t key[2], int64_t b)
+{
+    return (int64_t)((uint64_t)key[1] + (uint64_t)b);
+}
+
 /* Draws first .. first + n - 1 of the normal stream of one position; first is a multiple of 4. */
 static __attribute__((noinline)) void noise_draws(int64_t seed, uint32_t stream, int64_t position,
                                                   int64_t first, int64_t n, float *out)
@@ -36,7 +42,8 @@ static void gaussian_noise_task(void *arg, int64_t task, int worker)
     const pm_gaussian_noise_args *const g = arg;
     const noise_range at = noise_place(g->B, g->M, task);
     for (int64_t b = at.b; b < at.b_end; b++)
-        noise_draws(g->key[0], PM_STREAM_SAMPLER, g->key[1] + b, at.i, at.n, g->x + b * g->M + at.i);
+        noise_draws(g->key[0], PM_STREAM_SAMPLER, noise_position(g->key, b), at.i, at.n,
+                    g->x + b * g->M + at.i);
 }
 
 static size_t gaussian_noise_workspace(const pm_ctx *ctx, const pm_gaussian_noise_args *g, bool backward)

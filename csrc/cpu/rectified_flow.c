@@ -88,7 +88,7 @@ static void flow_task(void *arg, int64_t task, int worker)
     for (int64_t b = at.b; b < at.b_end; b++) {
         const float s = job->s[b], *const x0 = g->x0 + b * M + at.i;
         float *const xt = g->xt + b * M + at.i, *const target = g->target + b * M + at.i;
-        noise_draws(g->key[0], PM_STREAM_NOISE, g->key[1] + b, at.i, at.n, target);
+        noise_draws(g->key[0], PM_STREAM_NOISE, noise_position(g->key, b), at.i, at.n, target);
         for (int64_t i = 0; i < at.n; i++) {
             xt[i] = (1 - s) * x0[i] + s * target[i];
             target[i] -= x0[i];
@@ -105,7 +105,7 @@ static pm_status rectified_flow_forward(pm_ctx *ctx, const pm_rectified_flow_arg
     PM_TRY(flow_check(ctx, &job));
 
     for (int64_t b = 0; b < g->B; b++) {
-        const int64_t position = g->key[1] + b;
+        const int64_t position = noise_position(g->key, b);
         uint32_t word[4];
         pm_philox(g->key[0], PM_STREAM_DROP, position, 0, word);
         job.s[b] = flow_time(g, position);

@@ -2,8 +2,8 @@
  *
  *   loss = mean over (b, c < C, v) of (pred[b, c, v] - target[b, c, v])^2
  *
- * dpred = 2 (pred - target) / (B C V) * dloss on the first C channels, 0 on the others. Sums in double. The loss of
- * nothing (B, C or V is 0) is 0. */
+ * dpred = 2 (pred - target) / (B C V) * dloss on the first C channels, 0 on the others.
+ * Sums in double. The loss of nothing (B, C or V is 0) is 0. */
 #ifndef PM_OPS_MSE_LOSS_H
 #define PM_OPS_MSE_LOSS_H
 #define PM_MSE_LOSS(X)                                                                             \
