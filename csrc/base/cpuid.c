@@ -25,12 +25,13 @@ bool pm_cpu_has(const char *level)
 
 const char *pm_cpu_model(void)
 {
-    static _Thread_local char name[49]; /* leaves 0x80000002..4: 48 characters, padded with blanks */
+    static _Thread_local char name[49]; /* leaves 0x80000002..4: 48 characters and blanks */
     uint32_t words[12] = {0};
     if (__get_cpuid_max(0x80000000, NULL) < 0x80000004)
         return "unknown";
     for (uint32_t i = 0; i < 3; i++)
-        __get_cpuid(0x80000002 + i, words + 4 * i, words + 4 * i + 1, words + 4 * i + 2, words + 4 * i + 3);
+        __get_cpuid(0x80000002 + i, words + 4 * i, words + 4 * i + 1, words + 4 * i + 2,
+                    words + 4 * i + 3);
     memcpy(name, words, 48);
     size_t end = strlen(name);
     while (end && name[end - 1] == ' ')

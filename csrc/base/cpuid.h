@@ -10,8 +10,8 @@ bool pm_cpu_has(const char *level);
 /* The CPU's own words, such as "AMD EPYC 9654"; never NULL. */
 const char *pm_cpu_model(void);
 
-/* The calling thread's floating-point mode (rounding, flush-to-zero, traps; without the sticky flags
- * of what happened), and setting it. Zero-cost stand-ins where we do not know the register. */
+/* The calling thread's floating-point mode (rounding, flush-to-zero, traps; without the sticky
+ * flags of what happened), and setting it. Stand-ins where we do not know the register. */
 uint64_t pm_cpu_float_mode(void);
 void pm_cpu_set_float_mode(uint64_t mode);
 extern const uint64_t pm_cpu_default_float_mode; /* to nearest, denormals kept, no traps */

@@ -2,9 +2,10 @@
  * instruction set, with every compiler, and on a GPU. Draws are made of them (rng.h).
  *
  * How: IEEE additions, products, quotients and square roots, and fmaf, which rounds once, only; the
- * compiler may contract nothing (-ffp-contract=off), and to be safe with one that does, no product is
- * ever added to anything but in an explicit fmaf. No branches: loops over these become vector code.
- * The polynomials are Taylor's, long enough that what they leave out is below a tenth of an ulp. */
+ * compiler may contract nothing (-ffp-contract=off), and to be safe with one that does, no product
+ * is ever added to anything but in an explicit fmaf. No branches: loops over these become vector
+ * code. The polynomials are Taylor's, long enough that what they leave out is below a tenth of an
+ * ulp. */
 #ifndef PM_BASE_FMATH_H
 #define PM_BASE_FMATH_H
 
@@ -39,8 +40,8 @@ PM_FMATH float pm_bits_float(int32_t bits)
     return x;
 }
 
-/* Adding and subtracting it rounds to an integer, ties to even, what is below 2^22: 1.5 * 2^23, whose
- * neighbours are one apart. */
+/* Adding and subtracting it rounds to an integer, ties to even, what is below 2^22: 1.5 * 2^23,
+ * whose neighbours are one apart. */
 #define PM_ROUNDER 12582912.0f
 
 /* log(x) for normal positive x; error below 1 ulp.

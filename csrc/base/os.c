@@ -64,7 +64,8 @@ static size_t mapped_bytes(size_t bytes)
 static void *map_aligned(size_t bytes)
 {
     const size_t size = mapped_bytes(bytes), extra = size + HUGE_PAGE;
-    char *const whole = mmap(NULL, extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *const whole =
+        mmap(NULL, extra, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (whole == MAP_FAILED)
         return NULL;
     const size_t before = (HUGE_PAGE - (uintptr_t)whole % HUGE_PAGE) % HUGE_PAGE;
@@ -135,7 +136,8 @@ static bool read_line(const char *folder, const char *name, char *line, int byte
     return ok;
 }
 
-/* CPUs that the quota of one cgroup folder (version 2, then 1) allows, rounded up; INT_MAX: no quota. */
+/* CPUs that the quota of one cgroup folder (version 2, then 1) allows, rounded up; INT_MAX: no
+ * quota. */
 static int folder_quota(const char *folder)
 {
     char line[128];
@@ -156,7 +158,7 @@ static int folder_quota(const char *folder)
 }
 
 /* The smallest quota of the process's cgroup and the groups above it. In a container the path that
- * the kernel names may not be mounted; its parents, up to the mount itself, are then what counts. */
+ * the kernel names may not be mounted; its parents, up to the mount itself, then count. */
 static int quota_cpus(void)
 {
     FILE *const file = fopen("/proc/self/cgroup", "re");
@@ -237,7 +239,7 @@ void pm_os_wake(_Atomic uint32_t *word)
 
 void pm_os_name_thread(const char *name) { pthread_setname_np(pthread_self(), name); }
 #else
-/* One lock for all words: the waker, who changed *word before, cannot slip between test and sleep. */
+/* One lock for all words: the waker, who changed *word, cannot slip between test and sleep. */
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sleep_cond = PTHREAD_COND_INITIALIZER;
 

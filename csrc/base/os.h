@@ -12,16 +12,16 @@
 void *pm_os_alloc(size_t bytes);
 void pm_os_free(void *memory, size_t bytes);
 
-/* For the tests: the nth pm_os_alloc from now (1: the next one) fails, once; 0 calls it off. And how
- * many calls there were since the program began. */
+/* For the tests: the nth pm_os_alloc from now (1: the next one) fails, once; 0 calls it off. And
+ * how many calls there were since the program began. */
 void pm_os_fail_allocation(int64_t nth);
 int64_t pm_os_allocations(void);
 
-int pm_os_cpus(void);       /* CPUs this process may use: affinity mask and cgroup quota; at least 1 */
+int pm_os_cpus(void); /* CPUs this process may use: affinity mask and cgroup quota; at least 1 */
 double pm_os_seconds(void); /* monotonic */
 
-/* Sleeps while *word == value, or wakes for no reason; wakes everyone who sleeps on word. The caller
- * changes *word before it wakes. */
+/* Sleeps while *word == value, or wakes for no reason; wakes everyone who sleeps on word. The
+ * caller changes *word before it wakes. */
 void pm_os_wait(_Atomic uint32_t *word, uint32_t value);
 void pm_os_wake(_Atomic uint32_t *word);
 

@@ -1,5 +1,5 @@
-/* rng.h: counter-based randomness (Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers:
- * as easy as 1, 2, 3", SC 2011).
+/* rng.h: counter-based randomness (Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random
+ * numbers: as easy as 1, 2, 3", SC 2011).
  *
  * A draw is a pure function of (seed, stream, position, index): position is the global index of a
  * sample, index counts the draws of that sample. No state, so nothing to save and nothing to race.
@@ -57,8 +57,8 @@ PM_FMATH float pm_unit(uint32_t word)
     return fmaf((float)(int32_t)(word >> 9), 0x1p-23f, 0x1p-24f);
 }
 
-/* Two normal draws from two words (Box & Muller 1958): radius sqrt(-2 log u), angle 2 pi v. u has all 32
- * bits, for the tail: up to sqrt(2 * 33 log 2) = 6.76; rounded to 1 it gives a radius of 0. */
+/* Two normal draws from two words (Box & Muller 1958): radius sqrt(-2 log u), angle 2 pi v. u has
+ * all 32 bits, for the tail: up to sqrt(2 * 33 log 2) = 6.76; rounded to 1, a radius of 0. */
 PM_FMATH void pm_normal_pair(uint32_t word0, uint32_t word1, float *x0, float *x1)
 {
     /* (float)word0, rounded once, from two halves: an unsigned conversion is slow on some levels */

@@ -88,8 +88,8 @@ static bool enter(pm_pool *pool)
 {
     uint32_t gate = atomic_load_explicit(&pool->gate, memory_order_relaxed);
     while (gate & GATE_OPEN)
-        if (atomic_compare_exchange_weak_explicit(&pool->gate, &gate, gate + 1, memory_order_acquire,
-                                                  memory_order_relaxed))
+        if (atomic_compare_exchange_weak_explicit(&pool->gate, &gate, gate + 1,
+                                                  memory_order_acquire, memory_order_relaxed))
             return true;
     return false;
 }
@@ -191,8 +191,8 @@ static void dissolve(pm_pool *pool)
     pm_os_free(pool, sizeof *pool);
 }
 
-/* A child process has the pools but not their threads, and perhaps a lock that another thread of the
- * parent held. It gets them as new. */
+/* A child process has the pools but not their threads, and perhaps a lock that another thread of
+ * the parent held. It gets them as new. */
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 static pm_pool *pools;
 
@@ -269,7 +269,7 @@ void pm_parallel(pm_pool *pool, int64_t tasks, pm_task fn, void *arg)
     } else {
         pthread_mutex_lock(&pool->entry);
         if (pool->started < pool->threads - 1)
-            start(pool); /* after a fork; with fewer threads than asked it is slower, not different */
+            start(pool); /* after a fork; with fewer threads than asked: slower, not different */
         pool->fn = fn;
         pool->arg = arg;
         pool->tasks = tasks;
@@ -292,7 +292,8 @@ static int thread_count(const char *text, bool list)
     const long count = strtol(text, &end, 10);
     while (*end == ' ')
         end++;
-    if (end == text || errno || count < 1 || count > PM_MAX_THREADS || (*end && !(list && *end == ',')))
+    if (end == text || errno || count < 1 || count > PM_MAX_THREADS ||
+        (*end && !(list && *end == ',')))
         return -1;
     return (int)count;
 }
@@ -303,8 +304,9 @@ int pm_default_threads_checked(char *message, size_t message_bytes)
     if (ours && *ours) {
         const int count = thread_count(ours, false);
         if (count < 0)
-            snprintf(message, message_bytes, "PROMOE_NUM_THREADS=%s is not a number of threads (1 to %d)",
-                     ours, PM_MAX_THREADS);
+            snprintf(message, message_bytes,
+                     "PROMOE_NUM_THREADS=%s is not a number of threads (1 to %d)", ours,
+                     PM_MAX_THREADS);
         return count;
     }
     const int count = omp ? thread_count(omp, true) : -1;

@@ -6,11 +6,12 @@ enum { ADAMW_BLOCK = 16384 };
 typedef struct {
     const pm_adamw_args *g;
     bool skip;
-    float scale;            /* c, of the clip */
-    float decay;            /* lr weight_decay */
-    float beta1, beta1_rest, beta2, beta2_rest; /* rest: 1 - beta */
-    float step;             /* lr / (1 - beta1^step) */
-    float root;             /* 1 / sqrt(1 - beta2^step) */
+    float scale;             /* c, of the clip */
+    float decay;             /* lr weight_decay */
+    float beta1, beta1_rest; /* rest: 1 - beta */
+    float beta2, beta2_rest;
+    float step; /* lr / (1 - beta1^step) */
+    float root; /* 1 / sqrt(1 - beta2^step) */
     float eps;
     float ema_rest; /* 1 - ema */
 } adamw_job;
@@ -78,12 +79,15 @@ static pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, void *scratc
     const double *const h = g->hyper, norm = *g->norm;
     const double beta1 = h[PM_HYPER_BETA1], beta2 = h[PM_HYPER_BETA2], step = h[PM_HYPER_STEP];
     if (!(step >= 1) || !(beta1 >= 0 && beta1 < 1) || !(beta2 >= 0 && beta2 < 1))
-        return pm_fail(ctx, PM_EINVAL, "adamw: step %g must be at least 1, betas %g and %g in 0 <= beta < 1",
-                       step, beta1, beta2);
-    if (!isfinite(h[PM_HYPER_LR]) || !isfinite(h[PM_HYPER_WEIGHT_DECAY]) || !(h[PM_HYPER_EPS] >= 0) ||
-        !(h[PM_HYPER_CLIP] >= 0) || !(h[PM_HYPER_EMA] >= 0 && h[PM_HYPER_EMA] <= 1))
-        return pm_fail(ctx, PM_EINVAL, "adamw: lr and weight_decay must be finite, eps and clip at least 0, "
-                                       "ema in 0..1");
+        return pm_fail(ctx, PM_EINVAL,
+                       "adamw: step %g must be at least 1, betas %g and %g in 0 <= beta < 1", step,
+                       beta1, beta2);
+    if (!isfinite(h[PM_HYPER_LR]) || !isfinite(h[PM_HYPER_WEIGHT_DECAY]) ||
+        !(h[PM_HYPER_EPS] >= 0) || !(h[PM_HYPER_CLIP] >= 0) ||
+        !(h[PM_HYPER_EMA] >= 0 && h[PM_HYPER_EMA] <= 1))
+        return pm_fail(ctx, PM_EINVAL,
+                       "adamw: lr and weight_decay must be finite, eps and clip at least 0, "
+                       "ema in 0..1");
     const double clip = h[PM_HYPER_CLIP] / (norm + 1e-6);
     const adamw_job job = {
         .g = g,

@@ -88,11 +88,12 @@ const pm_backend *pm_cpu_backend(const char *level, char *message, size_t messag
             if (!strcmp(levels[i]->level, level)) {
                 if (pm_cpu_has(level))
                     return levels[i];
-                snprintf(message, message_bytes, "%s=%s, but this CPU does not have it", asked_by, level);
+                snprintf(message, message_bytes, "%s=%s, but this CPU does not have it", asked_by,
+                         level);
                 return NULL;
             }
-        snprintf(message, message_bytes, "%s=%s is not a level: one of generic, avx2, avx512", asked_by,
-                 level);
+        snprintf(message, message_bytes, "%s=%s is not a level: one of generic, avx2, avx512",
+                 asked_by, level);
         return NULL;
     }
     for (int i = 0; i < LEVELS; i++)

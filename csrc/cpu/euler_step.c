@@ -41,6 +41,7 @@ static pm_status euler_step_forward(pm_ctx *ctx, const pm_euler_step_args *g, vo
 {
     (void)scratch;
     const euler_job job = {g, (float)g->schedule[2], (float)(g->schedule[1] - g->schedule[0])};
-    pm_parallel(ctx->pool, pm_blocks(g->B * g->C * g->V, EULER_BLOCK), euler_step_task, (void *)&job);
+    pm_parallel(ctx->pool, pm_blocks(g->B * g->C * g->V, EULER_BLOCK), euler_step_task,
+                (void *)&job);
     return PM_OK;
 }

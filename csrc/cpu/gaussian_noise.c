@@ -1,7 +1,7 @@
 /* gaussian_noise: contract in ops/gaussian_noise.h. */
 
-/* B samples of M draws in tasks of about NOISE_BLOCK draws (10 microseconds with FMA): many small samples
- * or a part of a large one. NOISE_BLOCK is a multiple of 4, a Philox block. */
+/* B samples of M draws in tasks of about NOISE_BLOCK draws (10 microseconds with FMA): many small
+ * samples or a part of a large one. NOISE_BLOCK is a multiple of 4, a Philox block. */
 enum { NOISE_BLOCK = 4096 };
 
 static int64_t noise_rows(int64_t M) { return M >= NOISE_BLOCK ? 1 : NOISE_BLOCK / pm_max(1, M); }
@@ -46,7 +46,8 @@ static void gaussian_noise_task(void *arg, int64_t task, int worker)
                     g->x + b * g->M + at.i);
 }
 
-static size_t gaussian_noise_workspace(const pm_ctx *ctx, const pm_gaussian_noise_args *g, bool backward)
+static size_t gaussian_noise_workspace(const pm_ctx *ctx, const pm_gaussian_noise_args *g,
+                                       bool backward)
 {
     (void)ctx, (void)g, (void)backward;
     return 0;

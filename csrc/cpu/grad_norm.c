@@ -13,8 +13,8 @@ static size_t grad_norm_workspace(const pm_ctx *ctx, const pm_grad_norm_args *g,
     return pm_round64((size_t)pm_blocks(g->M, GRAD_NORM_BLOCK) * sizeof(double));
 }
 
-/* The product of two floats is exact in double. Sixteen partial sums side by side, so that the chain of
- * additions does not set the pace; the same ones on every level, so the same bits. */
+/* The product of two floats is exact in double. Sixteen partial sums side by side, so that the
+ * chain of additions does not set the pace; the same ones on every level, so the same bits. */
 static void grad_norm_task(void *arg, int64_t task, int worker)
 {
     (void)worker;

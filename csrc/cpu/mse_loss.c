@@ -1,5 +1,5 @@
-/* mse_loss: contract in ops/mse_loss.h. The first C of the M channels of a sample lie together, so a
- * sample is a run of C V elements of the M V in pred, and all of target. */
+/* mse_loss: contract in ops/mse_loss.h. The first C of the M channels of a sample lie together, so
+ * a sample is a run of C V elements of the M V in pred, and all of target. */
 
 enum { MSE_BLOCK = 16384 };
 
@@ -13,7 +13,8 @@ typedef struct {
 static size_t mse_loss_workspace(const pm_ctx *ctx, const pm_mse_loss_args *g, bool backward)
 {
     (void)ctx;
-    return backward ? 0 : pm_round64((size_t)pm_blocks(g->B * g->C * g->V, MSE_BLOCK) * sizeof(double));
+    return backward ? 0
+                    : pm_round64((size_t)pm_blocks(g->B * g->C * g->V, MSE_BLOCK) * sizeof(double));
 }
 
 /* Eight partial sums side by side: the same ones on every level, so the same bits. */
@@ -30,7 +31,8 @@ static double mse_sum(const float *pred, const float *target, int64_t n)
         const double e = pred[i] - target[i];
         part[k] += e * e;
     }
-    return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+    return ((part[0] + part[4]) + (part[2] + part[6])) +
+           ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
 static void mse_forward_task(void *arg, int64_t task, int worker)
@@ -83,8 +85,8 @@ static void mse_backward_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status mse_loss_backward(pm_ctx *ctx, const pm_mse_loss_args *g, const pm_mse_loss_grads *d,
-                                   void *scratch)
+static pm_status mse_loss_backward(pm_ctx *ctx, const pm_mse_loss_args *g,
+                                   const pm_mse_loss_grads *d, void *scratch)
 {
     (void)scratch;
     if (!d->dpred)

@@ -1,4 +1,4 @@
-/* rectified_flow: contract in ops/rectified_flow.h. Tasks and noise are those of gaussian_noise.c. */
+/* rectified_flow: contract in ops/rectified_flow.h. Tasks and noise: gaussian_noise.c. */
 
 typedef struct {
     const pm_rectified_flow_args *g;
@@ -6,7 +6,8 @@ typedef struct {
     int64_t *bad; /* (tasks): the first sample with an element that is not finite, or B */
 } flow_job;
 
-static size_t rectified_flow_workspace(const pm_ctx *ctx, const pm_rectified_flow_args *g, bool backward)
+static size_t rectified_flow_workspace(const pm_ctx *ctx, const pm_rectified_flow_args *g,
+                                       bool backward)
 {
     (void)ctx, (void)backward;
     return pm_round64((size_t)g->B * sizeof(float)) +
@@ -43,11 +44,12 @@ static pm_status flow_check(pm_ctx *ctx, const flow_job *job)
     if (!(g->shift > 0 && isfinite(g->shift)))
         return pm_fail(ctx, PM_EINVAL, "rectified_flow: shift must be above 0, got %g", g->shift);
     if (!(g->drop_prob >= 0 && g->drop_prob <= 1))
-        return pm_fail(ctx, PM_EINVAL, "rectified_flow: drop_prob must be in 0..1, got %g", g->drop_prob);
+        return pm_fail(ctx, PM_EINVAL, "rectified_flow: drop_prob must be in 0..1, got %g",
+                       g->drop_prob);
     for (int64_t b = 0; b < g->B; b++)
         if (g->y[b] < 0 || g->y[b] > g->null_label)
-            return pm_fail(ctx, PM_EINVAL, "rectified_flow: y[%lld] is %lld, not in 0..%lld", (long long)b,
-                           (long long)g->y[b], (long long)g->null_label);
+            return pm_fail(ctx, PM_EINVAL, "rectified_flow: y[%lld] is %lld, not in 0..%lld",
+                           (long long)b, (long long)g->y[b], (long long)g->null_label);
     const int64_t tasks = noise_tasks(g->B, g->C * g->V);
     pm_parallel(ctx->pool, tasks, flow_check_task, (void *)job);
     int64_t bad = g->B;
@@ -68,7 +70,8 @@ static float flow_time(const pm_rectified_flow_args *g, int64_t position)
     if (g->density == PM_DENSITY_LOGIT_NORMAL) {
         float n, other;
         pm_normal_pair(word[0], word[1], &n, &other);
-        u = pm_sigmoid((float)g->sigmoid_scale * fmaf((float)g->logit_std, n, (float)g->logit_mean));
+        u = pm_sigmoid((float)g->sigmoid_scale *
+                       fmaf((float)g->logit_std, n, (float)g->logit_mean));
     } else if (g->density == PM_DENSITY_MODE) {
         float sine, cosine;
         pm_sincos2pi(0.25f * u, &sine, &cosine);

@@ -8,10 +8,10 @@
  *   p = p - lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
  *   avg = ema avg + (1 - ema) p           (avg NULL: no EMA)
  *   grad = 0
- * norm is that of the whole gradient (grad_norm). When norm is not finite nothing but grad changes: the
- * update is skipped. 1 - beta and the bias corrections are taken in double. An absent gradient is a zero
- * one (PyTorch would skip the tensor). PM_EINVAL, and nothing changed: step < 1, a beta outside 0 <= beta < 1,
- * lr or weight_decay not finite, eps or clip below 0, ema outside 0..1. */
+ * norm is that of the whole gradient (grad_norm). When norm is not finite nothing but grad changes:
+ * the update is skipped. 1 - beta and the bias corrections are taken in double. An absent gradient is
+ * a zero one (PyTorch would skip the tensor). PM_EINVAL, and nothing changed: step < 1, a beta outside
+ * 0 <= beta < 1, lr or weight_decay not finite, eps or clip below 0, ema outside 0..1. */
 #ifndef PM_OPS_ADAMW_H
 #define PM_OPS_ADAMW_H
 enum { PM_HYPER_LR, PM_HYPER_BETA1, PM_HYPER_BETA2, PM_HYPER_EPS, PM_HYPER_WEIGHT_DECAY,
