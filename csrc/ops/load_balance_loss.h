@@ -6,8 +6,9 @@
  * per "batch": S is the whole batch. per "sequence": S is one image; the loss is the mean over the
  * images that have a routable token. f is a count and has no gradient. No routable token: loss 0.
  * p: router_gate softmax of the mixing scores s, or s itself when the gate is softmax already (that is
- * what the public code does, also for the sigmoid gate). saved: frac = f per image ("sequence": B rows) or, "batch",
- * the same f in every row. B*T tokens. part NULL: all routable. dp = ... * dloss. */
+ * what the public code does, also for the sigmoid gate). A choice outside 0..E-1 is nobody's.
+ * saved: frac = f per image ("sequence": B rows) or, "batch", the same f in every row. B*T tokens.
+ * part NULL: all routable. dp = ... * dloss. */
 #ifndef PM_OPS_LOAD_BALANCE_LOSS_H
 #define PM_OPS_LOAD_BALANCE_LOSS_H
 enum { PM_PER_BATCH, PM_PER_SEQUENCE };

@@ -216,44 +216,11 @@ static pm_status check_offsets(pm_ctx *ctx, const char *name, const int32_t *off
     return PM_OK;
 }
 
-static bool routable(const int32_t *part, int64_t n) { return !part || part[n] == -1; }
-
-static pm_status token_choice_check(pm_ctx *ctx, const void *args, bool backward)
-{
-    const pm_token_choice_args *g = args;
-    if (g->A > g->E)
-        return pm_fail(ctx, PM_EINVAL, "A is %lld, but there are E = %lld experts", (long long)g->A,
-                       (long long)g->E);
-    for (int64_t n = 0; backward && n < g->N; n++)
-        if (routable(g->part, n))
-            PM_TRY(check_range(ctx, "choice", g->choice + n * g->A, g->A, 0, g->E - 1));
-    return PM_OK;
-}
-
-static pm_status routing_plan_check(pm_ctx *ctx, const void *args, bool backward)
-{
-    const pm_routing_plan_args *g = args;
-    if (g->N * g->A > INT32_MAX)
-        return pm_fail(ctx, PM_EINVAL, "choice: N*A must fit in 32 bits");
-    return backward ? check_range(ctx, "choice_row", g->choice_row, g->N * g->A, -1, g->N * g->A - 1)
-                    : check_range(ctx, "choice", g->choice, g->N * g->A, -1, g->G - 1);
-}
-
 static pm_status contrastive_check(pm_ctx *ctx, const void *args, bool backward)
 {
     (void)backward;
     const pm_routing_contrastive_loss_args *g = args;
     return check_range(ctx, "choice", g->choice, g->N * g->A, -1, INT32_MAX);
-}
-
-static pm_status load_balance_check(pm_ctx *ctx, const void *args, bool backward)
-{
-    (void)backward;
-    const pm_load_balance_loss_args *g = args;
-    for (int64_t n = 0; n < g->B * g->T; n++)
-        if (routable(g->part, n))
-            PM_TRY(check_range(ctx, "choice", g->choice + n * g->A, g->A, 0, g->E - 1));
-    return PM_OK;
 }
 
 /* The widest of groups from..to-1. */
@@ -330,12 +297,10 @@ static const bind_facts facts[OPS] = {
     [OP_residual_layernorm_modulate] = {.unread = " xo y ", .nullable = " xo ",
                                         .aliases = " xo=x dx=dxo ", .check = residual_check},
     [OP_attention] = {.check = attention_check},
-    [OP_prototypical_routing] = {.unread = " z "},
-    [OP_token_choice] = {.unread = " weight ", .check = token_choice_check},
-    [OP_routing_plan] = {.unread = " row_off row_token row_weight tok_off tok_row ",
-                         .check = routing_plan_check},
+    [OP_token_choice] = {.unread = " weight "},
+    [OP_routing_plan] = {.unread = " row_off row_token row_weight tok_off tok_row "},
     [OP_routing_contrastive_loss] = {.unread = " loss ", .check = contrastive_check},
-    [OP_load_balance_loss] = {.unread = " loss ", .check = load_balance_check},
+    [OP_load_balance_loss] = {.unread = " loss "},
     [OP_experts] = {.unread = " y ", .infer = experts_infer, .check = experts_check},
     [OP_unpatchify] = {.unread = " y ", .infer = unpatchify_infer, .check = unpatchify_check},
     [OP_mse_loss] = {.unread = " loss ", .check = mse_loss_check},

@@ -134,7 +134,7 @@ def test_backward_without_the_outputs_it_does_not_read(op, case):
 
 
 # The outputs that backward reads, besides those that are saved for it.
-READ = {("attention", "y"), ("router_gate", "s"), ("token_choice", "choice")}
+READ = {("attention", "y"), ("prototypical_routing", "z"), ("router_gate", "s"), ("token_choice", "choice")}
 
 
 @pytest.mark.parametrize("op, which", FUNCTIONS)

@@ -68,12 +68,23 @@ def check_forward(op, case, floor=4.0):
     return inputs, got
 
 
+def make_upstream(op, case, outs):
+    """Random gradients of the outputs that have one."""
+    rng = np.random.default_rng([1, *f"{op}:{case}".encode()])
+    return {"d" + n: rng.standard_normal(np.shape(outs[n])).astype(np.float32) for n in ops.upstream(op)}
+
+
+def run(op, case):
+    """Everything that forward and backward write."""
+    inputs = make(op, case)
+    outs = getattr(ops, f"{op}_forward")(**inputs)
+    return outs | getattr(ops, f"{op}_backward")(**inputs, **outs, **make_upstream(op, case, outs))
+
+
 def check_backward(op, case, floor=4.0):
     """Forward, then backward with random upstream gradients, against the oracle's backward."""
     inputs, outs = check_forward(op, case, floor)
-    rng = np.random.default_rng([1, *f"{op}:{case}".encode()])
-    upstream = {"d" + n: rng.standard_normal(np.shape(outs[n])).astype(np.float32)
-                for n in ops.upstream(op)}
+    upstream = make_upstream(op, case, outs)
     got = getattr(ops, f"{op}_backward")(**inputs, **outs, **upstream)
     compare(op, got, inputs, floor, which="backward", **upstream)
     return inputs, outs, upstream, got
