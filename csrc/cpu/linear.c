@@ -17,7 +17,7 @@ typedef struct {
 } linear_block;
 
 /* Cuts used by workspace() and by the passes alike. */
-static product_grid linear_wgrad_grid(const pm_linear_args *g) { return product_grid_of(g->F, g->D, g->N); }
+static product_grid linear_wgrad_grid(const pm_linear_args *g) { return product_wgrad_grid(g->F, g->D, g->N); }
 
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {

@@ -77,7 +77,7 @@ static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args
         return bytes + workers * pm_round64((size_t)(PM_ROWS * g->P) * 4);
     }
     bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->P, g->D) * 4);
-    product_grid grid = product_grid_of(g->D, g->P, g->B * g->T);
+    product_grid grid = product_wgrad_grid(g->D, g->P, g->B * g->T);
     return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) + workers * product_grid_wgrad_scratch(&grid);
 }
 
@@ -225,7 +225,7 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
     if (d->dweight || d->dbias) {
         job.rows = pm_take(&scratch, (size_t)(N * g->P) * 4); /* the panels are no longer needed */
         job.scratch = scratch;
-        job.grid = product_grid_of(g->D, g->P, N);
+        job.grid = product_wgrad_grid(g->D, g->P, N);
         job.worker_bytes = product_grid_wgrad_scratch(&job.grid);
         if (d->dweight)
             pm_parallel(ctx->pool, pm_blocks(N, PATCH_EMBED_ROWS), patch_embed_gather_task, &job);

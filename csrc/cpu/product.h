@@ -25,23 +25,46 @@ static inline int64_t product_packed(int64_t n, int64_t k) { return product_pane
 /* Panels of the columns of B = W^T, for y = x W^T: W has n rows (outputs) of k, at distance ld. */
 static void product_pack_rows(int64_t n, int64_t k, const float *w, int64_t ld, float *panels)
 {
-    for (int64_t p = 0; p < n; p += PM_NR) {
-        int64_t width = pm_min(PM_NR, n - p);
-        for (int64_t i = 0; i < k; i++)
+    for (int64_t p = 0; p < n; p += PM_NR, panels += k * PM_NR) {
+        int64_t i = 0;
+        if (n - p >= PM_NR)
+            for (; i + PM_WIDTH <= k; i += PM_WIDTH)
+                for (int half = 0; half < PM_NR; half += PM_WIDTH) {
+                    vf t[PM_WIDTH];
+                    for (int j = 0; j < PM_WIDTH; j++) {
+                        const float *from = w + (p + half + j) * ld + i;
+                        __builtin_prefetch(from + 8 * 16);
+                        t[j] = v_load(from);
+                    }
+                    v_transpose(t);
+                    for (int j = 0; j < PM_WIDTH; j++)
+                        v_store(panels + (i + j) * PM_NR + half, t[j]);
+                }
+        for (; i < k; i++)
             for (int64_t j = 0; j < PM_NR; j++)
-                *panels++ = j < width ? w[(p + j) * ld + i] : 0.0f;
+                panels[i * PM_NR + j] = j < n - p ? w[(p + j) * ld + i] : 0.0f;
     }
 }
 
-/* Panels of the columns of B = W, for dx = dy W: W has k rows of n, at distance ld. */
+#define PRODUCT_PACK_ROWS 16 /* rows of W read side by side: long reads and long writes */
+
+/* Rows k0..k1-1 of the panels of the columns of B = W, for dx = dy W: W has k rows of n, at distance ld. */
+static void product_pack_cols_range(int64_t n, int64_t k, int64_t k0, int64_t k1, const float *w, int64_t ld,
+                                    float *panels)
+{
+    for (int64_t b = k0; b < k1; b += PRODUCT_PACK_ROWS)
+        for (int64_t p = 0; p < n; p += PM_NR)
+            for (int64_t i = b; i < pm_min(k1, b + PRODUCT_PACK_ROWS); i++) {
+                const float *from = w + i * ld + p;
+                float *to = panels + p * k + i * PM_NR;
+                int64_t left = n - p - PM_WIDTH;
+                v_store(to, v_get(from, n - p));
+                v_store(to + PM_WIDTH, left > 0 ? v_get(from + PM_WIDTH, left) : v_zero());
+            }
+}
 static void product_pack_cols(int64_t n, int64_t k, const float *w, int64_t ld, float *panels)
 {
-    for (int64_t p = 0; p < n; p += PM_NR) {
-        int64_t width = pm_min(PM_NR, n - p);
-        for (int64_t i = 0; i < k; i++)
-            for (int64_t j = 0; j < PM_NR; j++)
-                *panels++ = j < width ? w[i * ld + p + j] : 0.0f;
-    }
+    product_pack_cols_range(n, k, 0, k, w, ld, panels);
 }
 
 /* The derived twin of a weight (F, D): panels for y = x W^T, then panels for dx = dy W. */
@@ -59,61 +82,49 @@ static inline const float *product_backward_panels(const void *derived, int64_t 
     return (const float *)((const char *)derived + pm_round64((size_t)product_packed(F, D) * 4));
 }
 
+/* Making panels of a weight (F, D), forward or backward or both, in parallel. */
 typedef struct {
     int64_t F, D;
     const float *w;
-    void *derived;
-} product_derive_job;
-static void product_derive_task(void *arg, int64_t task, int worker)
-{
-    (void)worker;
-    product_derive_job *j = arg;
-    int64_t forward = product_panels(j->F);
-    if (task < forward) {
-        int64_t p = task * PM_NR;
-        product_pack_rows(pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D,
-                          (float *)product_forward_panels(j->derived, j->F, j->D) + p * j->D);
-    } else {
-        int64_t p = (task - forward) * PM_NR;
-        product_pack_cols(pm_min(PM_NR, j->D - p), j->F, j->w + p, j->D,
-                          (float *)product_backward_panels(j->derived, j->F, j->D) + p * j->F);
-    }
-}
-static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
-{
-    product_derive_job job = {F, D, w, derived};
-    pm_parallel(ctx->pool, product_panels(F) + product_panels(D), product_derive_task, &job);
-    return PM_OK;
-}
-
-/* One direction alone, for a weight without a derived twin: panels of product_packed(F, D) floats for
- * y = x W^T, or of product_packed(D, F) floats for dx = dy W. */
-typedef struct {
-    int64_t F, D;
-    const float *w;
-    float *panels;
+    float *forward, *backward;
 } product_pack_job;
+
 static void product_pack_forward_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const product_pack_job *j = arg;
     int64_t p = task * PM_NR;
-    product_pack_rows(pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D, j->panels + p * j->D);
+    product_pack_rows(pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D, j->forward + p * j->D);
 }
 static void product_pack_backward_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const product_pack_job *j = arg;
-    int64_t p = task * PM_NR;
-    product_pack_cols(pm_min(PM_NR, j->D - p), j->F, j->w + p, j->D, j->panels + p * j->F);
+    int64_t f = task * PM_NR;
+    product_pack_cols_range(j->D, j->F, f, pm_min(j->F, f + PM_NR), j->w, j->D, j->backward);
+}
+/* The same PM_NR rows of w for both: read once from memory. */
+static void product_derive_task(void *arg, int64_t task, int worker)
+{
+    product_pack_forward_task(arg, task, worker);
+    product_pack_backward_task(arg, task, worker);
 }
 
-/* The panels of a weight (F, D): its derived twin's, or packed into scratch. */
+static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
+{
+    product_pack_job job = {F, D, w, (float *)product_forward_panels(derived, F, D),
+                            (float *)product_backward_panels(derived, F, D)};
+    pm_parallel(ctx->pool, product_panels(F), product_derive_task, &job);
+    return PM_OK;
+}
+
+/* The panels of a weight (F, D): its derived twin's, or packed into scratch, which has
+ * product_packed(F, D) floats forward and product_packed(D, F) floats backward. */
 static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D, float *scratch)
 {
     if (weight.derived)
         return product_forward_panels(weight.derived, F, D);
-    product_pack_job job = {F, D, weight.w, scratch};
+    product_pack_job job = {F, D, weight.w, scratch, NULL};
     pm_parallel(ctx->pool, product_panels(F), product_pack_forward_task, &job);
     return scratch;
 }
@@ -121,18 +132,44 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
 {
     if (weight.derived)
         return product_backward_panels(weight.derived, F, D);
-    product_pack_job job = {F, D, weight.w, scratch};
-    pm_parallel(ctx->pool, product_panels(D), product_pack_backward_task, &job);
+    product_pack_job job = {F, D, weight.w, NULL, scratch};
+    pm_parallel(ctx->pool, product_panels(F), product_pack_backward_task, &job);
     return scratch;
 }
 
 /* ---------------------------------------------------------------- tile */
 
-/* c[i][0..PM_NR) (+)= sum over kk < k of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR. */
-#define PRODUCT_TILE(m)                                                                            \
-    static void product_tile_##m(int64_t k, const float *const *a, const float *panel, float *c,   \
-                                 int64_t ldc, bool add)                                            \
+/* X(kind, m) for every height of a tile. */
+#define PRODUCT_HEIGHTS_6(X, kind) X(kind, 1) X(kind, 2) X(kind, 3) X(kind, 4) X(kind, 5) X(kind, 6)
+#if PM_MR == 14
+#define PRODUCT_HEIGHTS(X, kind)                                                                   \
+    PRODUCT_HEIGHTS_6(X, kind)                                                                     \
+    X(kind, 7) X(kind, 8) X(kind, 9) X(kind, 10) X(kind, 11) X(kind, 12) X(kind, 13) X(kind, 14)
+#else
+#define PRODUCT_HEIGHTS PRODUCT_HEIGHTS_6
+#endif
+#define PRODUCT_NAME(kind, m) product_##kind##_##m,
+
+/* c[i][0..PM_NR) = or += sum over kk < k of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR.
+ * tile: row i of c is at c + i*ldc. ahead: c is a tile, and meanwhile the bytes from ahead on are
+ * fetched into L2, step per kk: the caller's next panel. */
+#define PRODUCT_tile_ARGS int64_t ldc, bool add
+#define PRODUCT_tile_BEGIN
+#define PRODUCT_tile_FETCH
+#define PRODUCT_ahead_ARGS const char *ahead, int64_t step
+#define PRODUCT_ahead_BEGIN                                                                        \
+    const int64_t ldc = PM_NR;                                                                     \
+    const bool add = false;
+#define PRODUCT_ahead_FETCH                                                                        \
+    __builtin_prefetch(ahead, 0, 2);                                                               \
+    if (PM_NR == 32) /* two lines a row */                                                         \
+        __builtin_prefetch(ahead + 64, 0, 2);                                                      \
+    ahead += step;
+#define PRODUCT_TILE(kind, m)                                                                      \
+    static void product_##kind##_##m(int64_t k, const float *const *a, const float *panel,         \
+                                     float *c, PRODUCT_##kind##_ARGS)                              \
     {                                                                                              \
+        PRODUCT_##kind##_BEGIN                                                                     \
         vf t[m][2];                                                                                \
         const float *r[m];                                                                         \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
@@ -143,8 +180,7 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
         }                                                                                          \
         for (int64_t kk = 0; kk < k; kk++) {                                                       \
             vf b0 = v_load(panel + kk * PM_NR), b1 = v_load(panel + kk * PM_NR + PM_WIDTH);        \
-            __builtin_prefetch(panel + (kk + 16) * PM_NR);                                         \
-            __builtin_prefetch(panel + (kk + 16) * PM_NR + PM_WIDTH);                              \
+            PRODUCT_##kind##_FETCH                                                                 \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
             {                                                                                      \
                 vf x = v_set(r[i][kk]);                                                            \
@@ -158,33 +194,15 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
             v_store(c + i * ldc + PM_WIDTH, t[i][1]);                                              \
         }                                                                                          \
     }
-PRODUCT_TILE(1)
-PRODUCT_TILE(2)
-PRODUCT_TILE(3)
-PRODUCT_TILE(4)
-PRODUCT_TILE(5)
-PRODUCT_TILE(6)
-#if PM_MR == 14
-PRODUCT_TILE(7)
-PRODUCT_TILE(8)
-PRODUCT_TILE(9)
-PRODUCT_TILE(10)
-PRODUCT_TILE(11)
-PRODUCT_TILE(12)
-PRODUCT_TILE(13)
-PRODUCT_TILE(14)
-#endif
-#undef PRODUCT_TILE
+PRODUCT_HEIGHTS(PRODUCT_TILE, tile)
+PRODUCT_HEIGHTS(PRODUCT_TILE, ahead)
 
 typedef void (*product_tile_fn)(int64_t k, const float *const *a, const float *panel, float *c,
-                                int64_t ldc, bool add);
-static const product_tile_fn product_tile[PM_MR + 1] = {
-    NULL, product_tile_1, product_tile_2, product_tile_3, product_tile_4, product_tile_5, product_tile_6,
-#if PM_MR == 14
-    product_tile_7, product_tile_8, product_tile_9, product_tile_10, product_tile_11, product_tile_12,
-    product_tile_13, product_tile_14,
-#endif
-};
+                                PRODUCT_tile_ARGS);
+typedef void (*product_ahead_fn)(int64_t k, const float *const *a, const float *panel, float *c,
+                                 PRODUCT_ahead_ARGS);
+static const product_tile_fn product_tile[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, tile)};
+static const product_ahead_fn product_ahead[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
 
 /* m rows in near-equal slices of at most PM_MR, so that no slice is a thin remainder. */
 static inline int64_t product_slices(int64_t m) { return (m + PM_MR - 1) / PM_MR; }
@@ -203,13 +221,25 @@ static inline void product_block(int64_t m, const float *const *a, int64_t k, in
                                  void *arg)
 {
     float tile[PM_MR * PM_NR] __attribute__((aligned(64)));
-    int64_t slices = product_slices(m);
-    for (int64_t p = p0; p < p1; p++)
+    int64_t slices = product_slices(m), bytes = k * PM_NR * (int64_t)sizeof(float);
+    int64_t step = pm_max(1, pm_blocks(PM_NR * (int64_t)sizeof(float), pm_max(1, slices)));
+    for (int64_t p = p0; p < p1; p++) {
+        const float *panel = panels + p * PM_NR * k;
+        const char *next = (const char *)panel + (p + 1 < p1 ? bytes : 0);
         for (int64_t s = 0; s < slices; s++) {
             int64_t row = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - row;
-            product_tile[rows](k, a + row, panels + p * PM_NR * k, tile, PM_NR, false);
+            product_ahead[rows](k, a + row, panel, tile, next + s * step * k, step);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
+    }
+}
+
+/* For finish callbacks: fetches, for writing, the m rows of PM_NR floats that the next tile goes to. */
+static inline void product_fetch_tile(float *c, int64_t ld, int64_t m)
+{
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < PM_NR; j += 16)
+            __builtin_prefetch(c + i * ld + j, 1);
 }
 
 /* How m rows by the panels of n columns, of depth k, are cut into tasks: blocks of row slices times
@@ -249,83 +279,168 @@ static product_share product_share_of(const product_grid *g, int64_t task)
 
 /* ---------------------------------------------------------------- weight gradient */
 
-/* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at dy + r*ldy
- * and x_r = x + (rows ? rows[r] : r) * ldx; dw row f is at dw + f*ldw. One task calls it for the rows
- * f0..f1-1 that it owns; r is summed in order. scratch: product_wgrad_scratch(f1 - f0, D) bytes. */
-static inline size_t product_wgrad_scratch(int64_t F, int64_t D);
-static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *x, int64_t ldx,
-                          const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw, int64_t ldw,
-                          void *scratch);
+/* The same cut for a weight gradient: rows are F, panels those of D, depth R. A task packs its columns of
+ * dy once for all of its panels, so it gets at least four panels where it can. */
+static product_grid product_wgrad_grid(int64_t F, int64_t D, int64_t R)
+{
+    product_grid g = {.rows = F, .panels = product_panels(D)};
+    int64_t most = pm_max(1, F * D * R / PRODUCT_WORK);
+    int64_t fewest = pm_max(1, pm_blocks(F, PM_ROWS)), enough = pm_min(PRODUCT_TASKS / 2, most);
+    g.panel_tasks = pm_max(1, pm_min(pm_blocks(enough, fewest), g.panels / 4));
+    g.row_tasks = pm_max(fewest, pm_min(enough / g.panel_tasks, product_slices(F) / 2));
+    return g;
+}
 
 /* db[f] += sum over r < R of dy[r][f], f0 <= f < f1, in the same order whatever f0 and f1 are. */
 static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f0, int64_t f1, float *db)
 {
     for (int64_t f = f0; f < f1; f += PM_WIDTH) {
-        int64_t width = pm_min(PM_WIDTH, f1 - f);
+        int64_t left = f1 - f;
         vf sum = v_zero();
         for (int64_t r0 = 0; r0 < R; r0 += 64) { /* sums of 64, then their sum: smaller rounding errors */
             vf part = v_zero();
             for (int64_t r = r0; r < pm_min(R, r0 + 64); r++)
-                part += v_load_n(dy + r * ldy + f, width);
+                part += v_get(dy + r * ldy + f, left);
             sum += part;
         }
-        v_store_n(db + f, v_load_n(db + f, width) + sum, width);
+        v_put(db + f, v_get(db + f, left) + sum, left);
     }
 }
 
-#define PRODUCT_TOKENS 256 /* rows packed at a time */
+#define PRODUCT_TOKENS 256 /* rows at a time: a packed panel of x and a slice of dy stay in L1 */
+#define PRODUCT_AHEAD 16   /* rows of x fetched ahead */
+#define PRODUCT_SLICE (PRODUCT_TOKENS * PM_MR + 2 * PM_WIDTH) /* floats; whole vectors run over its end */
+
+/* c[i][0..PM_NR) += sum over r < n of dy[r][i] * x[r][0..PM_NR), i < m <= PM_MR, where dy[r][i] is
+ * left[r*m + i]. packed reads x from panel; fresh from the rows, and leaves it in panel. next is where the
+ * next tile goes to. */
+#define PRODUCT_packed_ROW v_load(panel + r * PM_NR), b1 = v_load(panel + r * PM_NR + PM_WIDTH);
+#define PRODUCT_fresh_ROW                                                                          \
+    v_load(x[r] + col), b1 = v_load(x[r] + col + PM_WIDTH);                                        \
+    v_store(panel + r * PM_NR, b0);                                                                \
+    v_store(panel + r * PM_NR + PM_WIDTH, b1);                                                     \
+    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col);                                                \
+    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + 16);                                           \
+    if (PM_NR == 32) /* x is not aligned to lines */                                               \
+        __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + 31);
+#define PRODUCT_WGRAD_TILE(kind, m)                                                                \
+    static void product_wgrad_##kind##_##m(int64_t n, const float *left, const float *const *x,    \
+                                           int64_t col, float *panel, float *c, int64_t ldc,       \
+                                           const float *next)                                      \
+    {                                                                                              \
+        (void)x, (void)col;                                                                        \
+        vf t[m][2];                                                                                \
+        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
+        {                                                                                          \
+            t[i][0] = t[i][1] = v_zero();                                                          \
+            __builtin_prefetch(next + i * ldc, 1);                                                 \
+            __builtin_prefetch(next + i * ldc + PM_NR - 1, 1);                                     \
+        }                                                                                          \
+        for (int64_t r = 0; r < n; r++, left += m) {                                               \
+            vf b0 = PRODUCT_##kind##_ROW                                                           \
+            _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
+            {                                                                                      \
+                vf a = v_set(left[i]);                                                             \
+                t[i][0] = v_fma(a, b0, t[i][0]);                                                   \
+                t[i][1] = v_fma(a, b1, t[i][1]);                                                   \
+            }                                                                                      \
+        }                                                                                          \
+        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
+        {                                                                                          \
+            float *row = c + i * ldc;                                                              \
+            v_store(row, v_load(row) + t[i][0]);                                                   \
+            v_store(row + PM_WIDTH, v_load(row + PM_WIDTH) + t[i][1]);                             \
+        }                                                                                          \
+    }
+PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, packed)
+PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, fresh)
+
+typedef void (*product_wgrad_fn)(int64_t n, const float *left, const float *const *x, int64_t col,
+                                 float *panel, float *c, int64_t ldc, const float *next);
+static const product_wgrad_fn product_wgrad_packed[PM_MR + 1] = {
+    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, wgrad_packed)};
+static const product_wgrad_fn product_wgrad_fresh[PM_MR + 1] = {
+    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, wgrad_fresh)};
 
 static inline size_t product_wgrad_scratch(int64_t F, int64_t D)
 {
-    return pm_round64((size_t)PRODUCT_TOKENS * (size_t)F * 4) +
-           pm_round64((size_t)PRODUCT_TOKENS * (size_t)product_panels(D) * PM_NR * 4);
+    (void)D;
+    return pm_round64((size_t)(product_slices(F) * PRODUCT_SLICE) * 4) +
+           pm_round64((size_t)(PRODUCT_TOKENS * PM_NR) * 4);
 }
 
-/* The same for the largest share of a grid whose rows are F and whose panels are those of D. */
+/* The same for the largest share of a product_wgrad_grid. */
 static inline size_t product_grid_wgrad_scratch(const product_grid *g)
 {
-    return product_wgrad_scratch(pm_min(PM_ROWS, g->rows),
-                                 pm_blocks(g->panels, pm_max(1, g->panel_tasks)) * PM_NR);
+    return product_wgrad_scratch(pm_min(PM_ROWS, g->rows), 0);
 }
 
+/* Fetches columns col..col+n-1 of rows r0..r1-1 into L2. */
+static inline void product_wgrad_fetch(const float *const *x, int64_t col, int64_t n, int64_t r0, int64_t r1)
+{
+    if (n > 0)
+        for (int64_t r = r0; r < r1; r++)
+            for (int64_t j = 0; j < n; j += 16)
+                __builtin_prefetch(x[r] + col + j, 0, 2);
+}
+
+/* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at dy + r*ldy
+ * and x_r = x + (rows ? rows[r] : r) * ldx; dw row f is at dw + f*ldw. One task calls it for the rows
+ * f0..f1-1 that it owns; r is summed in order. scratch: product_wgrad_scratch(f1 - f0, D) bytes. */
 static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *x, int64_t ldx,
                           const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw, int64_t ldw,
                           void *scratch)
 {
-    int64_t F = f1 - f0;
-    float *left = pm_take(&scratch, (size_t)PRODUCT_TOKENS * (size_t)F * 4); /* dy^T: [f][r] */
-    float *right = scratch;                                                 /* panels of x: [d/NR][r][NR] */
-    int64_t slices = product_slices(F);
-    for (int64_t r0 = 0; r0 < R; r0 += PRODUCT_TOKENS) {
-        int64_t n = pm_min(PRODUCT_TOKENS, R - r0);
-        for (int64_t r = 0; r < n; r++)
-            for (int64_t f = 0; f < F; f++)
-                left[f * n + r] = dy[(r0 + r) * ldy + f0 + f];
-        for (int64_t p = 0; p < D; p += PM_NR) {
-            int64_t width = pm_min(PM_NR, D - p);
-            float *out = right + p * n;
-            for (int64_t r = 0; r < n; r++, out += PM_NR) {
-                const float *from = x + (rows ? rows[r0 + r] : r0 + r) * ldx + p;
-                for (int64_t j = 0; j < PM_NR; j++)
-                    out[j] = j < width ? from[j] : 0.0f;
-            }
+    int64_t F = f1 - f0, slices = product_slices(F), panels = product_panels(D);
+    int64_t chunks = pm_blocks(R, PRODUCT_TOKENS);
+    float *left = pm_take(&scratch, (size_t)(slices * PRODUCT_SLICE) * 4); /* [slice][r][f] */
+    float *panel = scratch;                                               /* [r][PM_NR] */
+    float edge[PM_MR * PM_NR] __attribute__((aligned(64)));               /* the tile of a partial panel */
+    const float *x_rows[PRODUCT_TOKENS + PRODUCT_AHEAD];
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t r0 = product_cut(R, chunks, chunk), n = product_cut(R, chunks, chunk + 1) - r0;
+        for (int64_t r = 0; r < n + PRODUCT_AHEAD; r++) {
+            int64_t row = r0 + pm_min(r, n - 1);
+            x_rows[r] = x + (rows ? rows[row] : row) * ldx;
         }
-        for (int64_t p = 0; p < D; p += PM_NR)
+        for (int64_t s = 0; s < slices; s++) {
+            int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
+            const float *from = dy + r0 * ldy + f0 + f;
+            float *to = left + s * PRODUCT_SLICE;
+            for (int64_t r = 0; r < n; r++, from += ldy, to += m) /* row r + 1 overwrites what runs over */
+                for (int64_t i = 0; i < m; i += PM_WIDTH)
+                    v_store(to + i, v_get(from + i, m - i));
+        }
+        for (int64_t p = 0; p < panels; p++) {
+            int64_t d = p * PM_NR;
+            bool whole = D - d >= PM_NR;
+            for (int64_t r = 0; !whole && r < n; r++)
+                for (int64_t j = 0; j < PM_NR; j++)
+                    panel[r * PM_NR + j] = j < D - d ? x_rows[r][d + j] : 0.0f;
             for (int64_t s = 0; s < slices; s++) {
                 int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
-                const float *a[PM_MR];
-                for (int64_t i = 0; i < m; i++)
-                    a[i] = left + (f + i) * n;
-                float *c = dw + (f0 + f) * ldw + p;
-                if (D - p >= PM_NR) {
-                    product_tile[m](n, a, right + p * n, c, ldw, true);
-                } else {
-                    float tile[PM_MR * PM_NR] __attribute__((aligned(64)));
-                    product_tile[m](n, a, right + p * n, tile, PM_NR, false);
-                    for (int64_t i = 0; i < m; i++)
-                        for (int64_t j = 0; j < D - p; j++)
-                            c[i * ldw + j] += tile[i * PM_NR + j];
+                float *c = dw + (f0 + f) * ldw + d;
+                const float *slice = left + s * PRODUCT_SLICE;
+                product_wgrad_fetch(x_rows, d + PM_NR, pm_min(PM_NR, D - d - PM_NR), product_cut(n, slices, s),
+                                    product_cut(n, slices, s + 1));
+                if (chunk + 1 < chunks) { /* a share of the next rows of dy */
+                    int64_t end = product_cut(R, chunks, chunk + 2), share = p * slices + s;
+                    for (int64_t r = r0 + n + product_cut(end - r0 - n, panels * slices, share);
+                         r < r0 + n + product_cut(end - r0 - n, panels * slices, share + 1); r++)
+                        for (int64_t i = 0; i < F; i += 16)
+                            __builtin_prefetch(dy + r * ldy + f0 + i, 0, 2);
                 }
+                if (whole) {
+                    const float *next = s + 1 < slices ? c + m * ldw : dw + f0 * ldw + d + PM_NR;
+                    (s ? product_wgrad_packed : product_wgrad_fresh)[m](n, slice, x_rows, d, panel, c, ldw, next);
+                    continue;
+                }
+                memset(edge, 0, sizeof edge);
+                product_wgrad_packed[m](n, slice, x_rows, d, panel, edge, PM_NR, edge);
+                for (int64_t i = 0; i < m; i++)
+                    for (int64_t j = 0; j < D - d; j++)
+                        c[i * ldw + j] += edge[i * PM_NR + j];
             }
+        }
     }
 }
