@@ -544,7 +544,7 @@ class TrainSettings:
     eps: float
     weight_decay: float
     clip: float
-    ema: float
+    ema: float | None
     warmup: int
     flip: bool
 
@@ -556,7 +556,8 @@ class TrainSettings:
         check.integer("seed", 0, 2**63 - 1)
         for name in ("lr", "eps", "weight_decay", "clip"):
             check.real(name, 0)
-        check.real("ema", 0, 1)
+        if self.ema is not None:
+            check.real("ema", 0, 1)
         check.flag("flip")
         check.put("betas", check.decays("betas"))
 

@@ -58,7 +58,8 @@ def train(config, data="digits", *, out, steps, batch_size=64, lr=1e-4, seed=0,
         The contrastive loss is over a micro-batch.
     lr, betas, eps, weight_decay, clip, ema, warmup
         AdamW with constant rate after `warmup` updates of linear increase; `clip` bounds the
-        norm of the gradient; `ema` is the decay of the averaged weights.
+        norm of the gradient (0 or None: not clipped); `ema` is the decay of the averaged weights
+        (None: they stay the initial ones).
     seed : int
         Of initial weights, noise, times, label drop and data order.
     checkpoint_every, keep_last : int
