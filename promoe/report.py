@@ -221,7 +221,8 @@ def routing_map(experts, x=None, grid=None, names=None):
                 axes.imshow(image.squeeze(-1) if image.shape[2] == 1 else image, cmap="gray",
                             vmin=0, vmax=1, interpolation="nearest")
             else:
-                drawn = axes.imshow(layer[i].reshape(grid), cmap=colours, vmin=-0.5,
+                shown = np.ma.masked_less(layer[i].reshape(grid), 0)  # no expert: left white
+                drawn = axes.imshow(shown, cmap=colours, vmin=-0.5,
                                     vmax=groups - 0.5, interpolation="nearest")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     if layers:
@@ -234,9 +235,7 @@ def _colours(groups):
     from matplotlib.colors import ListedColormap
 
     table = colormaps["tab20"].colors
-    colours = ListedColormap([table[i % len(table)] for i in range(groups)])
-    colours.set_under("white")
-    return colours
+    return ListedColormap([table[i % len(table)] for i in range(groups)])
 
 
 def save_png(figure, path, dpi=150):

@@ -47,15 +47,17 @@ def sample(model, labels=None, *, per_class=None, steps=50, cfg=1.0, seed=0, wei
     if not hasattr(model, "sample"):
         model = checkpoint.load(model, device=device, compute=compute)
     labels = check_labels(labels, per_class, model.config)
+    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"sample: steps = {steps!r}: must be an integer of at least 1")
     if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
         raise ValueError(f"sample: batch_size = {batch_size!r}: must be an integer of at least 1")
     out = np.empty((len(labels), *model.config.input_shape), np.float32)
-    with tqdm(total=len(labels), unit="sample", disable=not progress) as bar:
+    with tqdm(total=-(-len(labels) // batch_size) * steps, unit="step", disable=not progress) as bar:
         for first in range(0, len(labels), batch_size):
             part = slice(first, first + batch_size)
+            bar.set_postfix_str(f"{first} of {len(labels)} samples", refresh=False)
             out[part] = model.sample(labels[part], steps=steps, cfg=cfg, seed=seed, weights=weights,
-                                     first=first)
-            bar.update(len(labels[part]))
+                                     start=first, callback=lambda *_: bar.update())
     return out
 
 
