@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(
     glob("csrc/base/*.c")
-    + ["csrc/cpu/backend.c"]
+    + ["csrc/cpu/backend.c", "csrc/cpu/guard.c"]
     + glob("csrc/cpu/levels/*.c")  # these include cpu/<op>.c, once per instruction-set level
     + glob("csrc/model/*.c")
     + glob("csrc/python/*.c")

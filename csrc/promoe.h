@@ -143,6 +143,7 @@ typedef struct {
 struct pm_backend {
     const char *name;  /* "cpu" */
     const char *level; /* instruction set: "generic", "avx2", "avx512" */
+    bool host;         /* its memory is host memory that callers may look at between calls */
 
     void *(*alloc)(pm_ctx *ctx, size_t bytes); /* zeroed, aligned to 64; NULL when out of memory */
     void (*free)(pm_ctx *ctx, void *memory, size_t bytes);
@@ -170,5 +171,8 @@ struct pm_backend {
 /* The CPU backend at a level ("generic", "avx2", "avx512"), or at the best one that this CPU has and
  * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent. */
 const pm_backend *pm_cpu_backend(const char *level, char *message, size_t message_bytes);
+
+/* The same in memory that cannot be touched outside ops: for tests (cpu/guard.c). */
+const pm_backend *pm_guard_backend(const pm_backend *cpu);
 
 #endif

@@ -46,6 +46,7 @@
 const pm_backend PM_NAME(pm_cpu_, PM_LEVEL) = {
     .name = "cpu",
     .level = PM_TEXT(PM_LEVEL),
+    .host = true,
     .alloc = pm_cpu_alloc,
     .free = pm_cpu_free,
     .write = pm_cpu_copy,

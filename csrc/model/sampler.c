@@ -1,0 +1,135 @@
+/* sampler.c: Euler steps along the flow from noise to data, with classifier-free guidance. */
+#include "state.h"
+
+#include "../base/os.h"
+
+/* Rows of tokens from which a larger batch no longer makes the products faster. */
+enum { ENOUGH_TOKENS = 8192 };
+
+typedef struct {
+    pm_ctx *ctx;
+    pm_model *m;
+    const pm_sample_options *o;
+    pm_run run;
+    bool guided, together; /* two passes; in one batch of 2n */
+    int64_t *labels;       /* host: (2n) the labels asked for, then "no class" */
+    float *times;          /* host: (2n) */
+} sampling;
+
+/* Noise level i of n: n + 1 equidistant ones from 1 to 0, then the shift. */
+static double sigma_at(const pm_sample_options *o, int64_t i)
+{
+    const double sigma = 1 - (double)i / (double)o->steps;
+    return o->shift * sigma / (1 + (o->shift - 1) * sigma);
+}
+
+/* The velocity at the latents in acts.x: conditional and (when guided) unconditional output. */
+static pm_status velocity(sampling *s, float **cond, float **uncond)
+{
+    pm_ctx *ctx = s->ctx;
+    const pm_acts *a = &s->m->acts;
+    const pm_config *c = &s->m->cfg;
+    const int64_t n = s->o->n, image = c->channels * pm_voxels(c), output = c->out_channels * pm_voxels(c);
+    *cond = a->out;
+    *uncond = NULL;
+    if (s->together) {
+        PM_TRY(ctx->backend->copy(ctx, a->x + n * image, a->x, (size_t)(n * image) * sizeof(float)));
+        PM_TRY(pm_network_forward(&s->run));
+        *uncond = a->out + n * output;
+        return PM_OK;
+    }
+    if (s->guided)
+        PM_WRITE(ctx, a->y, s->labels, n);
+    PM_TRY(pm_network_forward(&s->run));
+    if (s->guided) {
+        PM_TRY(ctx->backend->copy(ctx, a->cond, a->out, (size_t)(n * output) * sizeof(float)));
+        PM_WRITE(ctx, a->y, s->labels + n, n);
+        PM_TRY(pm_network_forward(&s->run));
+        *cond = a->cond;
+        *uncond = a->out;
+    }
+    return PM_OK;
+}
+
+static pm_status one_step(sampling *s, int64_t i)
+{
+    pm_ctx *ctx = s->ctx;
+    pm_run *r = &s->run;
+    const pm_acts *a = &s->m->acts;
+    const pm_config *c = &s->m->cfg;
+    const double schedule[3] = {sigma_at(s->o, i), sigma_at(s->o, i + 1), s->o->cfg};
+    for (int64_t b = 0; b < a->B; b++)
+        s->times[b] = (float)(1000 * schedule[0]);
+    PM_WRITE(ctx, a->t, s->times, a->B);
+    PM_WRITE(ctx, a->schedule, schedule, 3);
+    float *cond, *uncond;
+    PM_TRY(velocity(s, &cond, &uncond));
+    PM_FORWARD(r, euler_step, (pm_euler_step_args){
+        .B = s->o->n, .C = c->channels, .M = c->out_channels, .V = pm_voxels(c), .x = a->x,
+        .cond = cond, .uncond = uncond, .schedule = a->schedule, .y = a->x});
+    if (s->o->on_step && s->o->on_step(s->o->arg, i, a->x))
+        return pm_fail(ctx, PM_EINTR, "stopped by the callback");
+    return PM_OK;
+}
+
+static pm_status start(sampling *s)
+{
+    pm_ctx *ctx = s->ctx;
+    pm_run *r = &s->run;
+    const pm_acts *a = &s->m->acts;
+    const int64_t M = s->m->cfg.channels * pm_voxels(&s->m->cfg);
+    PM_WRITE(ctx, a->y, s->labels, a->B);
+    if (s->o->noise) {
+        PM_WRITE(ctx, a->x, s->o->noise, s->o->n * M);
+        return PM_OK;
+    }
+    const int64_t key[2] = {s->o->seed, s->o->first};
+    PM_WRITE(ctx, a->key, key, 2);
+    PM_FORWARD(r, gaussian_noise,
+               (pm_gaussian_noise_args){.B = s->o->n, .M = M, .key = a->key, .x = a->x});
+    return PM_OK;
+}
+
+pm_status pm_model_sample(pm_ctx *ctx, pm_model *m, const pm_sample_options *o, float *out)
+{
+    const pm_config *c = &m->cfg;
+    const int64_t image = c->channels * pm_voxels(c);
+    PM_TRY(pm_check_labels(ctx, c, o->n, o->labels));
+    const bool guided = o->cfg > 1;
+    if (guided && !c->null_label)
+        return pm_fail(ctx, PM_EINVAL, "cfg = %g: this model was made without a row for no class", o->cfg);
+    const bool together =
+        guided && (o->one_batch < 0 ? o->n * pm_tokens(c) < ENOUGH_TOKENS : o->one_batch > 0);
+    sampling s = {.ctx = ctx, .m = m, .o = o, .guided = guided, .together = together};
+
+    pm_weights weights;
+    PM_TRY(pm_model_weights(ctx, m, o->ema, &weights));
+    PM_TRY(pm_need_acts(ctx, m, together ? 2 * o->n : o->n, PM_INFERENCE));
+    s.run = pm_model_run(ctx, m);
+    s.run.weights = weights;
+
+    pm_status status = PM_OK;
+    const size_t label_bytes = (size_t)(2 * o->n) * sizeof *s.labels;
+    const size_t time_bytes = (size_t)(2 * o->n) * sizeof *s.times;
+    s.labels = pm_os_alloc(label_bytes);
+    s.times = pm_os_alloc(time_bytes);
+    if (!s.labels || !s.times) {
+        status = pm_fail(ctx, PM_ENOMEM, "no memory for %lld samples", (long long)o->n);
+        goto done;
+    }
+    for (int64_t i = 0; i < o->n; i++) {
+        s.labels[i] = o->labels[i];
+        s.labels[o->n + i] = c->classes;
+    }
+    status = start(&s);
+    for (int64_t i = 0; i < o->steps && status == PM_OK; i++)
+        status = one_step(&s, i);
+    if (status == PM_OK)
+        status = ctx->backend->read(ctx, out, m->acts.x, (size_t)(o->n * image) * sizeof *out);
+done:
+    if (s.labels)
+        pm_os_free(s.labels, label_bytes);
+    if (s.times)
+        pm_os_free(s.times, time_bytes);
+    return status;
+}

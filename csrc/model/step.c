@@ -1,0 +1,322 @@
+/* step.c: forward for its output, accumulate, update. */
+#include "state.h"
+
+#include <math.h>
+
+#include "../base/os.h"
+
+pm_status pm_check_labels(pm_ctx *ctx, const pm_config *cfg, int64_t B, const int64_t *y)
+{
+    const int64_t rows = pm_label_rows(cfg);
+    for (int64_t b = 0; b < B; b++)
+        if (y[b] < 0 || y[b] >= rows)
+            return pm_fail(ctx, PM_EINVAL, "y[%lld] = %lld: a label is 0 to %lld%s", (long long)b,
+                           (long long)y[b], (long long)(rows - 1),
+                           cfg->null_label    ? ", the last one meaning no class"
+                           : y[b] == cfg->classes ? " (this model was made without a row for no class)"
+                                                  : "");
+    return PM_OK;
+}
+
+/* ---------------------------------------------------------------- forward */
+
+/* Writes the routing of every expert layer, from (layers, B, T, A) host arrays. */
+static pm_status force_routing(pm_run *r, const int32_t *choice, const float *weight)
+{
+    const int64_t slots = r->acts->N * r->cfg->top_k;
+    for (int64_t i = 0; i < r->cfg->depth; i++) {
+        if (!pm_has_experts(r->cfg, i))
+            continue;
+        PM_WRITE(r->ctx, r->acts->blocks[i].route.choice, choice, slots);
+        PM_WRITE(r->ctx, r->acts->blocks[i].route.weight, weight, slots);
+        choice += slots;
+        weight += slots;
+    }
+    r->forced = true;
+    return PM_OK;
+}
+
+static pm_status write_inputs(pm_run *r, const float *x, const float *t, const int64_t *y)
+{
+    const pm_acts *a = r->acts;
+    PM_WRITE(r->ctx, a->x, x, a->B * r->cfg->channels * pm_voxels(r->cfg));
+    PM_WRITE(r->ctx, a->t, t, a->B);
+    PM_WRITE(r->ctx, a->y, y, a->B);
+    return PM_OK;
+}
+
+pm_status pm_model_forward(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
+                           const int64_t *y, const int32_t *choice, const float *weight, float *out)
+{
+    PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
+    PM_TRY(pm_need_acts(ctx, m, B, PM_INFERENCE));
+    pm_run r = pm_model_run(ctx, m);
+    PM_TRY(write_inputs(&r, x, t, y));
+    if (choice)
+        PM_TRY(force_routing(&r, choice, weight));
+    PM_TRY(pm_network_forward(&r));
+    PM_READ(ctx, out, m->acts.out, B * m->cfg.out_channels * pm_voxels(&m->cfg));
+    return PM_OK;
+}
+
+int64_t pm_model_expert_layers(const pm_model *m)
+{
+    int64_t layers = 0;
+    for (int64_t i = 0; i < m->cfg.depth; i++)
+        layers += pm_has_experts(&m->cfg, i);
+    return layers;
+}
+
+pm_status pm_model_routing(pm_ctx *ctx, pm_model *m, int32_t *choice, float *weight, int32_t *load)
+{
+    const int64_t slots = m->acts.N * m->cfg.top_k, G = pm_plan_groups(&m->cfg);
+    for (int64_t i = 0; i < m->cfg.depth; i++) {
+        if (!pm_has_experts(&m->cfg, i))
+            continue;
+        const pm_route_acts *u = &m->acts.blocks[i].route;
+        int32_t begin = 0;
+        PM_READ(ctx, choice, u->choice, slots);
+        PM_READ(ctx, weight, u->weight, slots);
+        PM_READ(ctx, load, u->row_off + 1, G);
+        for (int64_t g = 0; g < G; g++) {
+            const int32_t end = load[g];
+            load[g] = end - begin;
+            begin = end;
+        }
+        choice += slots;
+        weight += slots;
+        load += G;
+    }
+    return PM_OK;
+}
+
+/* ---------------------------------------------------------------- gradients */
+
+static pm_status reset_gradients(pm_ctx *ctx, pm_model *m, bool zero)
+{
+    m->gradients_incomplete = false;
+    m->slots = 0;
+    m->mse = m->aux = m->weight = 0;
+    float *const grad = m->slab[PM_SLAB_GRAD];
+    return grad && zero ? ctx->backend->zero(ctx, grad, (size_t)m->layout.train * sizeof *grad) : PM_OK;
+}
+
+pm_status pm_model_zero_gradients(pm_ctx *ctx, pm_model *m) { return reset_gradients(ctx, m, true); }
+
+static pm_status refuse_incomplete(pm_ctx *ctx, pm_model *m)
+{
+    if (!m->gradients_incomplete)
+        return PM_OK;
+    PM_TRY(reset_gradients(ctx, m, true));
+    return pm_fail(ctx, PM_EINTERNAL,
+                   "the gradients were incomplete, because an accumulate was stopped halfway; they are "
+                   "empty now: accumulate the whole step again");
+}
+
+/* Sums of one loss slot. */
+static void add_losses(const pm_config *c, const float *losses, double *mse, double *aux)
+{
+    *mse = losses[PM_LOSS_MSE];
+    *aux = 0;
+    for (int64_t i = 1; i < pm_loss_count(c); i++)
+        *aux += losses[i];
+}
+
+/* Brings the waiting losses to the host's sums; norm, when it is asked for, in the same copy. */
+static pm_status fetch_losses(pm_ctx *ctx, pm_model *m, double *norm)
+{
+    const int64_t count = pm_loss_count(&m->cfg);
+    const size_t bytes = sizeof(pm_step_numbers) + (size_t)(m->slots * count) * sizeof(float);
+    pm_step_numbers *host = pm_os_alloc(bytes);
+    if (!host)
+        return pm_fail(ctx, PM_ENOMEM, "no memory for the losses");
+    const pm_status status = ctx->backend->read(ctx, host, m->numbers, bytes);
+    for (int slot = 0; slot < m->slots && status == PM_OK; slot++) {
+        double mse, aux;
+        add_losses(&m->cfg, (const float *)(host + 1) + slot * count, &mse, &aux);
+        m->mse += m->slot_scale[slot] * mse;
+        m->aux += m->slot_scale[slot] * aux;
+        m->weight += m->slot_scale[slot];
+    }
+    if (norm)
+        *norm = host->norm;
+    pm_os_free(host, bytes);
+    if (status == PM_OK)
+        m->slots = 0;
+    return status;
+}
+
+/* Forward, loss, and grad += scale * gradient. *touched: the gradients are no longer what they were. */
+static pm_status forward_backward(pm_run *r, float scale, float *grad, bool *touched)
+{
+    PM_TRY(pm_network_forward(r));
+    PM_TRY(pm_network_loss(r));
+    PM_WRITE(r->ctx, r->acts->dloss, &scale, 1);
+    r->grad = grad;
+    *touched = true;
+    return pm_network_backward(r);
+}
+
+static pm_status draw(pm_run *r, const pm_model *m, const float *x0, const int64_t *y, int64_t position)
+{
+    const pm_acts *a = r->acts;
+    const pm_config *c = r->cfg;
+    const int64_t key[2] = {m->seed, position};
+    PM_WRITE(r->ctx, a->key, key, 2);
+    PM_WRITE(r->ctx, a->x0, x0, a->B * c->channels * pm_voxels(c));
+    PM_WRITE(r->ctx, a->y0, y, a->B);
+    PM_FORWARD(r, rectified_flow, (pm_rectified_flow_args){
+        .B = a->B, .C = c->channels, .V = pm_voxels(c), .x0 = a->x0, .y = a->y0, .key = a->key,
+        .xt = a->x, .target = a->target, .t = a->t, .label = a->y,
+        .density = c->density, .logit_mean = c->logit_mean, .logit_std = c->logit_std,
+        .sigmoid_scale = c->sigmoid_scale, .shift = c->shift, .drop_prob = c->drop_prob,
+        .null_label = c->classes});
+    return PM_OK;
+}
+
+pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *x0, const int64_t *y,
+                              int64_t position, double scale)
+{
+    PM_TRY(refuse_incomplete(ctx, m));
+    PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
+    PM_TRY(pm_need_slab(ctx, m, PM_SLAB_GRAD));
+    PM_TRY(pm_need_acts(ctx, m, B, PM_TRAINING));
+    if (m->slots == PM_LOSS_SLOTS)
+        PM_TRY(fetch_losses(ctx, m, NULL));
+    pm_run r = pm_model_run(ctx, m);
+    r.losses = pm_loss_slot(m, m->slots);
+    PM_TRY(draw(&r, m, x0, y, position));
+    const pm_status status =
+        forward_backward(&r, (float)scale, m->slab[PM_SLAB_GRAD], &m->gradients_incomplete);
+    if (status == PM_OK) {
+        m->gradients_incomplete = false;
+        m->slot_scale[m->slots++] = scale;
+    }
+    return status;
+}
+
+/* grad slab += more, which is host memory, a piece at a time. */
+static pm_status add_to_slab(pm_ctx *ctx, pm_model *m, const float *more)
+{
+    enum { PIECE = 4096 };
+    float piece[PIECE];
+    float *const grad = m->slab[PM_SLAB_GRAD];
+    for (int64_t at = 0; at < m->layout.train; at += PIECE) {
+        const int64_t count = m->layout.train - at < PIECE ? m->layout.train - at : PIECE;
+        PM_READ(ctx, piece, grad + at, count);
+        for (int64_t i = 0; i < count; i++)
+            piece[i] += more[at + i];
+        PM_WRITE(ctx, grad + at, piece, count);
+    }
+    return PM_OK;
+}
+
+pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
+                                 const int64_t *y, const float *target, bool accumulate, double losses[2],
+                                 float *grad)
+{
+    const size_t slab = (size_t)m->layout.train * sizeof(float);
+    const int64_t count = pm_loss_count(&m->cfg);
+    float *own = NULL, *host = NULL; /* the gradient of this call; its losses */
+    pm_status status = PM_OK;
+    bool touched = false;
+#define STEP(call)                                                                                 \
+    if ((status = (call)) != PM_OK)                                                                \
+    goto done
+    if (accumulate) {
+        STEP(refuse_incomplete(ctx, m));
+        STEP(pm_need_slab(ctx, m, PM_SLAB_GRAD));
+    }
+    STEP(pm_check_labels(ctx, &m->cfg, B, y));
+    STEP(pm_need_acts(ctx, m, B, PM_TRAINING));
+    if (m->slots == PM_LOSS_SLOTS)
+        STEP(fetch_losses(ctx, m, NULL));
+    STEP(pm_take_memory(ctx, slab, "the gradients of this call", &own));
+    host = pm_os_alloc((size_t)count * sizeof *host);
+    if (!host) {
+        status = pm_fail(ctx, PM_ENOMEM, "no memory for the losses");
+        goto done;
+    }
+    pm_run r = pm_model_run(ctx, m);
+    r.losses = pm_loss_slot(m, m->slots);
+    STEP(write_inputs(&r, x, t, y));
+    STEP(ctx->backend->write(ctx, m->acts.target, target,
+                             (size_t)(B * m->cfg.channels * pm_voxels(&m->cfg)) * sizeof *target));
+    STEP(forward_backward(&r, 1, own, &touched));
+    STEP(ctx->backend->read(ctx, host, r.losses, (size_t)count * sizeof *host));
+    add_losses(&m->cfg, host, &losses[0], &losses[1]);
+    STEP(ctx->backend->read(ctx, grad, own, slab));
+    if (accumulate) {
+        STEP(add_to_slab(ctx, m, grad));
+        m->slot_scale[m->slots++] = 1;
+    }
+#undef STEP
+done:
+    if (own)
+        ctx->backend->free(ctx, own, slab);
+    if (host)
+        pm_os_free(host, (size_t)count * sizeof *host);
+    return status;
+}
+
+/* ---------------------------------------------------------------- update */
+
+static pm_status optimize(pm_run *r, pm_model *m, bool has_ema)
+{
+    float *const grad = m->slab[PM_SLAB_GRAD];
+    PM_FORWARD(r, grad_norm, (pm_grad_norm_args){
+        .M = m->layout.train, .g = grad, .norm = &m->numbers->norm});
+    PM_FORWARD(r, adamw, (pm_adamw_args){
+        .M = m->layout.train, .hyper = m->numbers->hyper, .norm = &m->numbers->norm, .grad = grad,
+        .param = m->slab[PM_SLAB_PARAM], .m = m->slab[PM_SLAB_M], .v = m->slab[PM_SLAB_V],
+        .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL});
+    return PM_OK;
+}
+
+static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm_step_info *info)
+{
+    PM_TRY(refuse_incomplete(ctx, m));
+    if (!m->slab[PM_SLAB_GRAD])
+        return pm_fail(ctx, PM_EINTERNAL, "update: there are no gradients yet: accumulate comes first");
+    PM_TRY(pm_need_slab(ctx, m, PM_SLAB_M));
+    PM_TRY(pm_need_slab(ctx, m, PM_SLAB_V));
+    if (o->has_ema)
+        PM_TRY(pm_need_slab(ctx, m, PM_SLAB_EMA));
+    pm_run r = pm_model_run(ctx, m);
+    r.dry = true;
+    r.scratch_bytes = 0;
+    PM_TRY(optimize(&r, m, o->has_ema));
+    PM_TRY(pm_need_arena(ctx, m, r.scratch_bytes));
+    /* The loss sums need host memory, the last thing that can be missing. */
+    double norm = 0;
+    PM_TRY(fetch_losses(ctx, m, NULL));
+
+    const double hyper[PM_HYPER_COUNT] = {
+        [PM_HYPER_LR] = o->lr, [PM_HYPER_BETA1] = o->beta1, [PM_HYPER_BETA2] = o->beta2,
+        [PM_HYPER_EPS] = o->eps, [PM_HYPER_WEIGHT_DECAY] = o->weight_decay, [PM_HYPER_CLIP] = o->clip,
+        [PM_HYPER_EMA] = o->ema, [PM_HYPER_STEP] = (double)(m->step + 1)};
+    PM_WRITE(ctx, m->numbers->hyper, hyper, PM_HYPER_COUNT);
+    r.dry = false;
+    r.scratch = m->arena;
+    PM_TRY(optimize(&r, m, o->has_ema));
+    PM_READ(ctx, &norm, &m->numbers->norm, 1);
+    const bool skipped = !isfinite(norm);
+    if (skipped) {
+        m->skipped++;
+    } else {
+        m->step++;
+        PM_TRY(pm_model_derive(ctx, m));
+    }
+    *info = (pm_step_info){.mse = m->mse / m->weight, .aux = m->aux / m->weight, .grad_norm = norm,
+                           .step = m->step, .skipped = skipped};
+    return reset_gradients(ctx, m, false); /* adamw has emptied the slab */
+}
+
+pm_status pm_model_update(pm_ctx *ctx, pm_model *m, const pm_update_options *options, pm_step_info *info)
+{
+    int (*const poll)(void *) = ctx->poll;
+    ctx->poll = NULL; /* all of it or nothing */
+    const pm_status status = update(ctx, m, options, info);
+    ctx->poll = poll;
+    return status;
+}
