@@ -186,7 +186,8 @@ static void shape_values(const char *text, const bind_dims *dims, char *out, siz
         if (a.unknown >= 0 || a.overflow)
             n += (size_t)snprintf(out + n, bytes - n, "%s?", axes ? ", " : "");
         else
-            n += (size_t)snprintf(out + n, bytes - n, "%s%lld", axes ? ", " : "", (long long)a.rest);
+            n +=
+                (size_t)snprintf(out + n, bytes - n, "%s%lld", axes ? ", " : "", (long long)a.rest);
         axes++;
     }
     if (n < bytes)
@@ -204,8 +205,8 @@ static void shape_origins(const char *text, const bind_dims *dims, char *out, si
         if (l < 0 || l >= BIND_LETTERS || said[l] || !dims->known[l])
             continue;
         said[l] = true;
-        n += (size_t)snprintf(out + n, bytes - n, "%s%c is %lld by %s", n ? ", " : ", where ", *text,
-                              (long long)dims->value[l], dims->from[l]);
+        n += (size_t)snprintf(out + n, bytes - n, "%s%c is %lld by %s", n ? ", " : ", where ",
+                              *text, (long long)dims->value[l], dims->from[l]);
     }
 }
 
@@ -220,10 +221,11 @@ static int wrong_array(const call *c, int slot, PyObject *type, const char *prob
     shape_origins(f->text, &c->dims, origins, sizeof origins);
     PyObject *shape = PyObject_GetAttrString((PyObject *)array, "shape");
     if (shape)
-        PyErr_Format(type, "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S %S%s",
+        PyErr_Format(type,
+                     "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S %S%s",
                      FUNCTION(c), slot_name(c, slot, name),
-                     bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), letters, numbers, origins,
-                     PyArray_DESCR(array), shape, problem);
+                     bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), letters, numbers,
+                     origins, PyArray_DESCR(array), shape, problem);
     Py_XDECREF(shape);
     return -1;
 }
@@ -264,7 +266,8 @@ static int learn_all_dims(call *c)
 
 /* The shape of a field, every dim known. Refuses sizes that could overflow in any later product: 2^55
  * bytes, and the same with every zero counted as a one. */
-static int whole_shape(const call *c, const bind_field *f, npy_intp shape[BIND_MOST_AXES], int *axes)
+static int whole_shape(const call *c, const bind_field *f, npy_intp shape[BIND_MOST_AXES],
+                       int *axes)
 {
     const char *text = f->text;
     int64_t bytes = type_bytes(f->type);
@@ -277,7 +280,8 @@ static int whole_shape(const call *c, const bind_field *f, npy_intp shape[BIND_M
     if (overflow || bytes > (int64_t)1 << 55) {
         char numbers[160];
         shape_values(f->text, &c->dims, numbers, sizeof numbers);
-        PyErr_Format(PyExc_ValueError, "%s_%s: %s of shape %s is too large", FUNCTION(c), f->name, numbers);
+        PyErr_Format(PyExc_ValueError, "%s_%s: %s of shape %s is too large", FUNCTION(c), f->name,
+                     numbers);
         return -1;
     }
     return 0;
@@ -321,7 +325,8 @@ static int store(call *c, int slot, PyObject *value)
 {
     char name[64];
     if (c->values[slot] || c->none[slot]) {
-        PyErr_Format(PyExc_TypeError, "%s_%s: %s is given twice", FUNCTION(c), slot_name(c, slot, name));
+        PyErr_Format(PyExc_TypeError, "%s_%s: %s is given twice", FUNCTION(c),
+                     slot_name(c, slot, name));
         return -1;
     }
     if (value == Py_None)
@@ -335,8 +340,8 @@ static int read_arguments(call *c, PyObject *const *arguments, Py_ssize_t count,
 {
     const int most = bind_positional(c->op);
     if (count > most) {
-        PyErr_Format(PyExc_TypeError, "%s_%s: %d arguments may be given by position; got %zd", FUNCTION(c),
-                     most, count);
+        PyErr_Format(PyExc_TypeError, "%s_%s: %d arguments may be given by position; got %zd",
+                     FUNCTION(c), most, count);
         return -1;
     }
     for (int i = 0, n = 0; n < count; i++)
@@ -431,8 +436,8 @@ static int read_enum(const call *c, int slot, int *out)
             break;
         at += length + 1;
     }
-    PyErr_Format(PyExc_ValueError, "%s_%s: %s must be one of %s; got %.80R", FUNCTION(c), f->name, f->text,
-                 value);
+    PyErr_Format(PyExc_ValueError, "%s_%s: %s must be one of %s; got %.80R", FUNCTION(c), f->name,
+                 f->text, value);
     return -1;
 }
 
@@ -452,8 +457,8 @@ static int read_scalars(call *c, char *args)
             if (read_int(c, i, &whole) < 0)
                 return -1;
             if (whole < 0) {
-                PyErr_Format(PyExc_ValueError, "%s_%s: %s must be at least 0; got %lld", FUNCTION(c), f->name,
-                             (long long)whole);
+                PyErr_Format(PyExc_ValueError, "%s_%s: %s must be at least 0; got %lld",
+                             FUNCTION(c), f->name, (long long)whole);
                 return -1;
             }
             c->dims.value[f->name[0] - 'A'] = whole;
@@ -496,7 +501,8 @@ static int missing(const call *c, int slot)
     const bind_field *f = &c->op->fields[slot % c->op->count];
     shape_text(f->text, shape, sizeof shape);
     PyErr_Format(PyExc_TypeError, "%s_%s: %s is missing: a %s array of shape %s%s", FUNCTION(c),
-                 slot_name(c, slot, name), bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), shape,
+                 slot_name(c, slot, name),
+                 bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), shape,
                  c->none[slot] ? "; got None" : "");
     return -1;
 }
@@ -510,7 +516,8 @@ static void slot_access(const call *c, int slot, bool *reads, bool *writes)
         *writes = c->backward && bind_has_grad(f);
     } else {
         *reads = bind_is_input(f) || (c->backward && bind_is_output(f));
-        *writes = f->kind == BIND_INOUT || f->kind == BIND_INOPT || (!c->backward && bind_is_output(f));
+        *writes = f->kind == BIND_INOUT || f->kind == BIND_INOPT ||
+                  (!c->backward && bind_is_output(f));
     }
 }
 
@@ -592,8 +599,9 @@ static int fix_dims(call *c, char *args)
         if (f->kind != BIND_DIM && f->kind != BIND_LD)
             continue;
         if (!c->dims.known[*letter - 'A']) {
-            PyErr_Format(PyExc_TypeError, "%s_%s: no array determines %s: give it as a keyword, %s=...",
-                         FUNCTION(c), letter, letter);
+            PyErr_Format(PyExc_TypeError,
+                         "%s_%s: no array determines %s: give it as a keyword, %s=...", FUNCTION(c),
+                         letter, letter);
             return -1;
         }
         *(int64_t *)(args + f->at) = c->dims.value[*letter - 'A'];
@@ -634,12 +642,14 @@ static int make_arrays(call *c, const char *args)
         int axes;
         if (whole_shape(c, f, shape, &axes) < 0)
             return -1;
-        PyObject *array = PyArray_ZEROS(axes, shape, i < c->op->count ? type_num(f->type) : NPY_FLOAT32, 0);
+        PyObject *array =
+            PyArray_ZEROS(axes, shape, i < c->op->count ? type_num(f->type) : NPY_FLOAT32, 0);
         if (!array)
             return -1;
         c->values[i] = c->made[i] = array;
         if (bind_poison && f->grad != BIND_ADD)
-            memset(PyArray_DATA((PyArrayObject *)array), 0xff, (size_t)PyArray_NBYTES((PyArrayObject *)array));
+            memset(PyArray_DATA((PyArrayObject *)array), 0xff,
+                   (size_t)PyArray_NBYTES((PyArrayObject *)array));
     }
     return 0;
 }
@@ -663,16 +673,19 @@ static int check_overlap(const call *c)
         const char *to = from + PyArray_NBYTES((PyArrayObject *)c->values[w]);
         for (int r = 0; r < 2 * c->op->count; r++) {
             char written[64], read[64];
-            if (r == w || !c->values[r] || c->made[r] || !bind_is_array(&c->op->fields[r % c->op->count]))
+            if (r == w || !c->values[r] || c->made[r] ||
+                !bind_is_array(&c->op->fields[r % c->op->count]))
                 continue;
             const char *begin = PyArray_BYTES((PyArrayObject *)c->values[r]);
             const char *end = begin + PyArray_NBYTES((PyArrayObject *)c->values[r]);
             if (from == to || begin == end || end <= from || to <= begin)
                 continue;
             slot_name(c, w, written), slot_name(c, r, read);
-            if (begin == from && end == to && (may_alias(c, written, read) || may_alias(c, read, written)))
+            if (begin == from && end == to &&
+                (may_alias(c, written, read) || may_alias(c, read, written)))
                 continue;
-            PyErr_Format(PyExc_ValueError, "%s_%s: %s shares memory with %s", FUNCTION(c), written, read);
+            PyErr_Format(PyExc_ValueError, "%s_%s: %s shares memory with %s", FUNCTION(c), written,
+                         read);
             return -1;
         }
     }
@@ -688,7 +701,8 @@ static PyObject *result(const call *c)
         char name[64];
         bool reads, writes;
         slot_access(c, i, &reads, &writes);
-        if (writes && c->values[i] && PyDict_SetItemString(dict, slot_name(c, i, name), c->values[i]) < 0)
+        if (writes && c->values[i] &&
+            PyDict_SetItemString(dict, slot_name(c, i, name), c->values[i]) < 0)
             Py_CLEAR(dict);
     }
     return dict;

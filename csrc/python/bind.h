@@ -34,10 +34,10 @@ typedef struct {
     bind_type type;
     bind_gradient grad;
     const char *name;
-    const char *text;  /* an array's shape, an enum's words, the dense dim of a LD */
-    double value;      /* the default of INT, REAL and ENUM */
-    size_t at;         /* offset in pm_<op>_args */
-    size_t grad_at;    /* of d<name> in pm_<op>_grads, when grad is not BIND_NONE */
+    const char *text; /* an array's shape, an enum's words, the dense dim of a LD */
+    double value;     /* the default of INT, REAL and ENUM */
+    size_t at;        /* offset in pm_<op>_args */
+    size_t grad_at;   /* of d<name> in pm_<op>_grads, when grad is not BIND_NONE */
 } bind_field;
 
 /* One value per dimension letter. */

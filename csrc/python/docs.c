@@ -110,7 +110,8 @@ static void add_signature(page *p, const bind_op *op, bool backward)
     add(p, ")\n--\n\n");
 }
 
-static void add_array(page *p, const char *prefix, const bind_field *f, const char *type, const char *more)
+static void add_array(page *p, const char *prefix, const bind_field *f, const char *type,
+                      const char *more)
 {
     add(p, "%s%s : %s array of shape ", prefix, f->name, type);
     add_shape(p, f->text);
@@ -143,15 +144,17 @@ static void add_parameters(page *p, const bind_op *op, bool backward)
         const bind_field *f = &op->fields[i];
         if (bind_has_upstream(f)) {
             add_array(p, "d", f, "float32", f->grad == BIND_MAYBE ? ", optional" : "");
-            add(p, "    The gradient of %s%s.\n", f->name, f->grad == BIND_MAYBE ? "; None: zero" : "");
+            add(p, "    The gradient of %s%s.\n", f->name,
+                f->grad == BIND_MAYBE ? "; None: zero" : "");
         }
     }
     for (int i = 0; backward && i < op->count; i++) {
         const bind_field *f = &op->fields[i];
         if (bind_has_grad(f)) {
             add_array(p, "d", f, "float32", ", optional");
-            add(p, f->grad == BIND_ADD ? "    The gradient is added to it (default: to zeros); None: not wanted.\n"
-                                       : "    Where to write the gradient; None: not wanted.\n");
+            add(p, f->grad == BIND_ADD
+                       ? "    The gradient is added to it (default: to zeros); None: not wanted.\n"
+                       : "    Where to write the gradient; None: not wanted.\n");
         }
     }
     for (int i = 0; i < op->count; i++) {
@@ -222,7 +225,8 @@ char *bind_docstring(const bind_op *op, bool backward)
     add_returns(&p, op, backward);
     add(&p, "Raises\n------\n"
             "TypeError\n    A missing or unknown argument, or one of the wrong type.\n"
-            "ValueError\n    A wrong shape, layout or value; arrays are never converted. The message names the\n"
+            "ValueError\n    A wrong shape, layout or value; arrays are never converted. The "
+            "message names the\n"
             "    argument, what was expected and what was given.\n");
     return p.text;
 }

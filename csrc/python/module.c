@@ -23,7 +23,8 @@ static void pool_init_mutex(void)
 {
     pthread_mutexattr_t kind;
     pthread_mutexattr_init(&kind);
-    pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ERRORCHECK); /* a handler that re-enters: an error */
+    /* A signal handler that computes while its own thread does gets an error, not a deadlock. */
+    pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ERRORCHECK);
     pthread_mutex_init(&pool_mutex, &kind);
     pthread_mutexattr_destroy(&kind);
 }
@@ -51,7 +52,8 @@ static int section_poll(void *arg)
 int core_enter(core_section *section, pm_ctx *ctx)
 {
     pthread_once(&pool_once, pool_init);
-    section->thread = PyEval_SaveThread(); /* before the lock: its holder may want the GIL to poll */
+    /* The GIL goes before the lock comes: the lock's holder may want the GIL, to poll. */
+    section->thread = PyEval_SaveThread();
     section->polled = pm_os_seconds();
     const int busy = pthread_mutex_lock(&pool_mutex);
     if (!busy && !pool) {
@@ -64,7 +66,7 @@ int core_enter(core_section *section, pm_ctx *ctx)
         PyEval_RestoreThread(section->thread);
         if (busy)
             PyErr_SetString(PyExc_RuntimeError,
-                            "promoe is already computing in this thread (called from a signal handler?)");
+                            "promoe already computes in this thread (is this a signal handler?)");
         else
             PyErr_NoMemory();
         return -1;
@@ -82,13 +84,15 @@ void core_leave(core_section *section)
 }
 
 PyDoc_STRVAR(set_num_threads_doc,
-"set_num_threads($module, threads, /)\n--\n\n"
-"Set how many threads promoe computes with, in the whole process.\n\n"
-"Parameters\n----------\n"
-"threads : int\n    1 to 1024.\n\n"
-"Notes\n-----\n"
-"The default is PROMOE_NUM_THREADS, or OMP_NUM_THREADS, or the CPUs that this process may use.\n"
-"Results are the same bits for any number. Waits for a computation that runs in another thread.");
+             "set_num_threads($module, threads, /)\n--\n\n"
+             "Set how many threads promoe computes with, in the whole process.\n\n"
+             "Parameters\n----------\n"
+             "threads : int\n    1 to 1024.\n\n"
+             "Notes\n-----\n"
+             "The default is PROMOE_NUM_THREADS, or OMP_NUM_THREADS, or the CPUs that this process "
+             "may use.\n"
+             "Results are the same bits for any number. Waits for a computation that runs in "
+             "another thread.");
 
 static PyObject *set_num_threads(PyObject *Py_UNUSED(module), PyObject *value)
 {
@@ -110,9 +114,10 @@ static PyObject *set_num_threads(PyObject *Py_UNUSED(module), PyObject *value)
         return NULL;
     pm_pool *other = pool_threads == threads ? pool : pm_pool_create((int)threads);
     if (other && other != pool) {
-        pm_pool_destroy(pool);
-        pool = other;
+        pm_pool *old = pool;
+        pool = other; /* first: whatever the moment of a fork, the child has a whole pool */
         pool_threads = (int)threads;
+        pm_pool_destroy(old);
     }
     core_leave(&section);
     if (!other)
@@ -136,23 +141,24 @@ static PyObject *get_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSE
 
 /* ---------------------------------------------------------------- the backend */
 
-PyDoc_STRVAR(backend_info_doc,
-"backend_info($module, /)\n--\n\n"
-"What promoe computes on.\n\n"
-"Returns\n-------\n"
-"dict\n    device ('cpu'), level (the instruction set: 'generic', 'avx2' or 'avx512'), threads, and cpu\n"
-"    (the model's name).");
+PyDoc_STRVAR(backend_info_doc, "backend_info($module, /)\n--\n\n"
+                               "What promoe computes on.\n\n"
+                               "Returns\n-------\n"
+                               "dict\n    device ('cpu'), level (the instruction set: 'generic', "
+                               "'avx2' or 'avx512'), threads, and cpu\n"
+                               "    (the model's name).");
 
 static PyObject *backend_info(PyObject *module, PyObject *Py_UNUSED(none))
 {
     const pm_backend *backend = core_get_state(module)->backend;
-    return Py_BuildValue("{s:s, s:s, s:i, s:s}", "device", backend->name, "level", backend->level, "threads",
-                         current_threads(), "cpu", pm_cpu_model());
+    return Py_BuildValue("{s:s, s:s, s:i, s:s}", "device", backend->name, "level", backend->level,
+                         "threads", current_threads(), "cpu", pm_cpu_model());
 }
 
-PyDoc_STRVAR(levels_doc, "levels($module, /)\n--\n\n"
-                         "The instruction-set levels that this CPU has, best first. PROMOE_CPU, read at\n"
-                         "import, chooses one of them.");
+PyDoc_STRVAR(levels_doc,
+             "levels($module, /)\n--\n\n"
+             "The instruction-set levels that this CPU has, best first. PROMOE_CPU, read at\n"
+             "import, chooses one of them.");
 
 static PyObject *levels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
@@ -205,11 +211,13 @@ static PyMethodDef functions[] = {
     {"backend_info", backend_info, METH_NOARGS, backend_info_doc},
     {"levels", levels, METH_NOARGS, levels_doc},
     {"_fail_allocation", fail_allocation, METH_O,
-     "_fail_allocation($module, nth, /)\n--\n\nFor tests: the nth allocation from now fails; 0 calls it off."},
+     "_fail_allocation($module, nth, /)\n--\n\nFor tests: the nth allocation from now fails; 0 "
+     "calls it off."},
     {"_allocations", allocations, METH_NOARGS,
      "_allocations($module, /)\n--\n\nFor tests: how many allocations there were."},
     {"_poison", poison, METH_O,
-     "_poison($module, on, /)\n--\n\nFor tests: scratch and new outputs begin as 0xff bytes (NaN, -1)."},
+     "_poison($module, on, /)\n--\n\nFor tests: scratch and new outputs begin as 0xff bytes (NaN, "
+     "-1)."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -12,8 +12,13 @@
 #define AT_NONE(name) 0
 
 #define ARRAY(kind_, name_, type_, shape_, grad_)                                                  \
-    {.kind = kind_, .type = BIND_##type_, .grad = BIND_##grad_, .name = #name_, .text = shape_,    \
-     .at = offsetof(args, name_), .grad_at = AT_##grad_(name_)},
+    {.kind = kind_,                                                                                \
+     .type = BIND_##type_,                                                                         \
+     .grad = BIND_##grad_,                                                                         \
+     .name = #name_,                                                                               \
+     .text = shape_,                                                                               \
+     .at = offsetof(args, name_),                                                                  \
+     .grad_at = AT_##grad_(name_)},
 #define SCALAR(kind_, name_, text_, value_)                                                        \
     {.kind = kind_, .name = #name_, .text = text_, .value = value_, .at = offsetof(args, name_)},
 
@@ -43,7 +48,8 @@
     {                                                                                              \
         return ctx->backend->op.forward(ctx, args, scratch);                                       \
     }                                                                                              \
-    static pm_status op##_run_backward(pm_ctx *ctx, const void *args, const void *grads, void *scratch) \
+    static pm_status op##_run_backward(pm_ctx *ctx, const void *args, const void *grads,           \
+                                       void *scratch)                                              \
     {                                                                                              \
         return ctx->backend->op.backward(ctx, args, grads, scratch);                               \
     }                                                                                              \
@@ -52,8 +58,9 @@
         typedef pm_##op##_args args;                                                               \
         typedef pm_##op##_grads grads;                                                             \
         static const bind_field fields[] = {PM_##OP(FIELD)};                                       \
-        _Static_assert(sizeof fields / sizeof *fields <= BIND_MOST_FIELDS, #op ": too many fields"); \
-        _Static_assert(sizeof(args) <= BIND_ARGS_BYTES && sizeof(grads) <= BIND_GRADS_BYTES, #op);  \
+        _Static_assert(sizeof fields / sizeof *fields <= BIND_MOST_FIELDS,                         \
+                       #op ": too many fields");                                                   \
+        _Static_assert(sizeof(args) <= BIND_ARGS_BYTES && sizeof(grads) <= BIND_GRADS_BYTES, #op); \
         return (bind_op){                                                                          \
             .name = #op,                                                                           \
             .fields = fields,                                                                      \
@@ -81,7 +88,8 @@ static bind_op table[OPS]; /* filled at the first import; the same for every int
     {                                                                                              \
         return bind_call(m, &table[OP_##op], false, a, n, k);                                      \
     }                                                                                              \
-    static PyObject *py_##op##_backward(PyObject *m, PyObject *const *a, Py_ssize_t n, PyObject *k) \
+    static PyObject *py_##op##_backward(PyObject *m, PyObject *const *a, Py_ssize_t n,             \
+                                        PyObject *k)                                               \
     {                                                                                              \
         return bind_call(m, &table[OP_##op], true, a, n, k);                                       \
     }
@@ -133,7 +141,8 @@ static pm_status patch_check(pm_ctx *ctx, patch_sizes z, int64_t V, int64_t T, i
     if (z.voxels < 0)
         return pm_fail(ctx, PM_EINVAL, "s0, s1, s2 must be positive multiples of p0, p1, p2");
     if (z.voxels != V)
-        return pm_fail(ctx, PM_EINVAL, "s0*s1*s2 is %lld, but V is %lld", (long long)z.voxels, (long long)V);
+        return pm_fail(ctx, PM_EINVAL, "s0*s1*s2 is %lld, but V is %lld", (long long)z.voxels,
+                       (long long)V);
     if (z.tokens != T)
         return pm_fail(ctx, PM_EINVAL, "(s0/p0)*(s1/p1)*(s2/p2) is %lld, but T is %lld",
                        (long long)z.tokens, (long long)T);
@@ -144,7 +153,8 @@ static pm_status patch_check(pm_ctx *ctx, patch_sizes z, int64_t V, int64_t T, i
 }
 
 #define PATCH_COUNT(g)                                                                             \
-    patch_count((const int64_t[]){(g)->s0, (g)->s1, (g)->s2}, (const int64_t[]){(g)->p0, (g)->p1, (g)->p2})
+    patch_count((const int64_t[]){(g)->s0, (g)->s1, (g)->s2},                                      \
+                (const int64_t[]){(g)->p0, (g)->p1, (g)->p2})
 
 static void patch_embed_infer(bind_dims *dims, const void *args)
 {
@@ -179,7 +189,8 @@ static pm_status residual_check(pm_ctx *ctx, const void *args, bool backward)
     const pm_residual_layernorm_modulate_args *g = args;
     if (g->branch && !g->xo)
         return pm_fail(ctx, PM_EINVAL, "xo is missing: %s",
-                       backward ? "backward reads it when there is a branch" : "there is a branch to add");
+                       backward ? "backward reads it when there is a branch"
+                                : "there is a branch to add");
     return PM_OK;
 }
 
@@ -188,7 +199,8 @@ static pm_status attention_check(pm_ctx *ctx, const void *args, bool backward)
     (void)backward;
     const pm_attention_args *g = args;
     if (!g->q_weight != !g->q_bias || !g->q_weight != !g->k_weight || !g->q_weight != !g->k_bias)
-        return pm_fail(ctx, PM_EINVAL, "q_weight, q_bias, k_weight and k_bias must all be given, or none");
+        return pm_fail(ctx, PM_EINVAL,
+                       "q_weight, q_bias, k_weight and k_bias must all be given, or none");
     return PM_OK;
 }
 
@@ -198,8 +210,8 @@ static pm_status check_range(pm_ctx *ctx, const char *name, const int32_t *index
 {
     for (int64_t i = 0; i < count; i++)
         if (index[i] < low || index[i] > high)
-            return pm_fail(ctx, PM_EINVAL, "%s has %d at %lld; it must be in %lld..%lld", name, index[i],
-                           (long long)i, (long long)low, (long long)high);
+            return pm_fail(ctx, PM_EINVAL, "%s has %d at %lld; it must be in %lld..%lld", name,
+                           index[i], (long long)i, (long long)low, (long long)high);
     return PM_OK;
 }
 
@@ -255,11 +267,13 @@ static pm_status experts_check(pm_ctx *ctx, const void *args, bool backward)
     if (g->W < widest(g->foff, 0, g->G))
         return pm_fail(ctx, PM_EINVAL, "W is %lld; a plan group of foff is wider", (long long)g->W);
     if (g->Z < widest(g->foff, g->G, g->G + g->S))
-        return pm_fail(ctx, PM_EINVAL, "Z is %lld; a shared group of foff is wider", (long long)g->Z);
+        return pm_fail(ctx, PM_EINVAL, "Z is %lld; a shared group of foff is wider",
+                       (long long)g->Z);
     const int given = !!g->row_off + !!g->row_token + !!g->row_weight + !!g->tok_off + !!g->tok_row;
     if (given != 5 && (given || g->G))
-        return pm_fail(ctx, PM_EINVAL, "row_off, row_token, row_weight, tok_off and tok_row must all be given "
-                                       "(none, when G is 0)");
+        return pm_fail(ctx, PM_EINVAL,
+                       "row_off, row_token, row_weight, tok_off and tok_row must all be given "
+                       "(none, when G is 0)");
     if (!given)
         return PM_OK;
     PM_TRY(check_offsets(ctx, "row_off", g->row_off, g->G, g->R, false));
@@ -270,8 +284,10 @@ static pm_status experts_check(pm_ctx *ctx, const void *args, bool backward)
     for (int64_t n = 0; n < g->N; n++)
         for (int32_t i = g->tok_off[n]; i < g->tok_off[n + 1]; i++)
             if (g->row_token[g->tok_row[i]] != n)
-                return pm_fail(ctx, PM_EINVAL, "tok_row says that row %d is of token %lld, row_token that "
-                               "it is of %d", g->tok_row[i], (long long)n, g->row_token[g->tok_row[i]]);
+                return pm_fail(ctx, PM_EINVAL,
+                               "tok_row says that row %d is of token %lld, row_token that "
+                               "it is of %d",
+                               g->tok_row[i], (long long)n, g->row_token[g->tok_row[i]]);
     return PM_OK;
 }
 
@@ -279,14 +295,16 @@ static pm_status mse_loss_check(pm_ctx *ctx, const void *args, bool backward)
 {
     (void)backward;
     const pm_mse_loss_args *g = args;
-    return g->M < g->C ? pm_fail(ctx, PM_EINVAL, "pred must have at least the channels of target") : PM_OK;
+    return g->M < g->C ? pm_fail(ctx, PM_EINVAL, "pred must have at least the channels of target")
+                       : PM_OK;
 }
 
 static pm_status euler_step_check(pm_ctx *ctx, const void *args, bool backward)
 {
     (void)backward;
     const pm_euler_step_args *g = args;
-    return g->M < g->C ? pm_fail(ctx, PM_EINVAL, "cond must have at least the channels of x") : PM_OK;
+    return g->M < g->C ? pm_fail(ctx, PM_EINVAL, "cond must have at least the channels of x")
+                       : PM_OK;
 }
 
 static const bind_facts facts[OPS] = {
@@ -294,8 +312,10 @@ static const bind_facts facts[OPS] = {
     [OP_linear] = {.unread = " y ", .wants = linear_wants},
     [OP_label_embedding] = {.unread = " c "},
     [OP_silu] = {.unread = " y "},
-    [OP_residual_layernorm_modulate] = {.unread = " xo y ", .nullable = " xo ",
-                                        .aliases = " xo=x dx=dxo ", .check = residual_check},
+    [OP_residual_layernorm_modulate] = {.unread = " xo y ",
+                                        .nullable = " xo ",
+                                        .aliases = " xo=x dx=dxo ",
+                                        .check = residual_check},
     [OP_attention] = {.check = attention_check},
     [OP_token_choice] = {.unread = " weight "},
     [OP_routing_plan] = {.unread = " row_off row_token row_weight tok_off tok_row "},
@@ -312,8 +332,8 @@ static const bind_facts facts[OPS] = {
 /* The field tables as Python data: {op: ((kind, name, type, text, grad, default), ...)}. */
 static PyObject *fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    static const char *const kinds[] = {"DIM", "LD", "IN", "OPT", "OUT", "SAVED", "INOUT", "INOPT",
-                                        "INT", "REAL", "ENUM"};
+    static const char *const kinds[] = {"DIM",   "LD",    "IN",  "OPT",  "OUT", "SAVED",
+                                        "INOUT", "INOPT", "INT", "REAL", "ENUM"};
     static const char *const grads[] = {"NONE", "SET", "ADD", "GRAD", "MAYBE"};
     PyObject *dict = PyDict_New();
     for (int o = 0; dict && o < OPS; o++) {
@@ -321,9 +341,9 @@ static PyObject *fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
         for (int i = 0; tuple && i < table[o].count; i++) {
             const bind_field *f = &table[o].fields[i];
             PyObject *row = Py_BuildValue("(ssszsd)", kinds[f->kind], f->name,
-                                          !bind_is_array(f)           ? ""
-                                          : f->type == BIND_weight    ? "weight"
-                                                                      : bind_type_name(f->type),
+                                          !bind_is_array(f)        ? ""
+                                          : f->type == BIND_weight ? "weight"
+                                                                   : bind_type_name(f->type),
                                           f->text, grads[f->grad], f->value);
             if (row)
                 PyTuple_SET_ITEM(tuple, i, row);
@@ -342,7 +362,8 @@ static PyMethodDef methods[2 * OPS + 2];
 
 #define FUNCTION(f) (PyCFunction)(void (*)(void))(f)
 
-static void add_method(PyMethodDef **method, const char *name, PyCFunction function, const char *doc)
+static void add_method(PyMethodDef **method, const char *name, PyCFunction function,
+                       const char *doc)
 {
     *(*method)++ = (PyMethodDef){name, function, METH_FASTCALL | METH_KEYWORDS, doc};
 }
@@ -370,9 +391,10 @@ static int fill_tables(void)
         add_method(&method, #op "_backward", FUNCTION(py_##op##_backward), docs[OP_##op][1]);
 #include "../ops.def"
 #undef PM_OP
-    *method = (PyMethodDef){"_fields", fields, METH_NOARGS,
-                            "_fields($module, /)\n--\n\n"
-                            "The field lists: {op: ((kind, name, type, text, grad, default), ...)}."};
+    *method =
+        (PyMethodDef){"_fields", fields, METH_NOARGS,
+                      "_fields($module, /)\n--\n\n"
+                      "The field lists: {op: ((kind, name, type, text, grad, default), ...)}."};
     return 0;
 }
 
