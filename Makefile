@@ -1,10 +1,10 @@
-# make build | test | demo | asan | lint | bench | clean
+# make build | test | demo | asan | numpy1 | lint | format | bench | clean
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 C_FILES := $(shell find csrc -name '*.c' -o -name '*.h' -o -name '*.def')
 
-.PHONY: build test demo asan lint bench clean
+.PHONY: build test demo asan numpy1 lint format bench clean
 build: $(VENV)/built
 
 $(VENV)/ready: pyproject.toml
@@ -20,6 +20,41 @@ $(VENV)/built: $(VENV)/ready setup.py $(C_FILES)
 
 test: build
 	$(PY) -m pytest
+
+# The whole suite on a copy of the tree that is built with the address and undefined-behaviour sanitizers.
+# (CPython leaks on purpose, so leaks are left to tests/binding/test_module.py.) PYTEST="-k experts".
+ASAN := build/asan
+asan: build
+	mkdir -p $(ASAN)
+	cp -rpu --no-target-directory csrc $(ASAN)/csrc
+	rm -rf $(ASAN)/promoe $(ASAN)/tests
+	cp -rp promoe tests pyproject.toml setup.py README.md LICENSE $(ASAN)/
+	rm -f $(ASAN)/promoe/*.so
+	cd $(ASAN) && PROMOE_CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
+		PROMOE_LDFLAGS='-fsanitize=address,undefined' $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace
+	cd $(ASAN) && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		UBSAN_OPTIONS=print_stacktrace=1 $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -q $(PYTEST)
+
+# One build serves NumPy 1 and 2: the extension of .venv (built with NumPy 2), run with NumPy 1.26.
+NUMPY1 := build/numpy1
+numpy1: build
+	test -d $(NUMPY1)/venv || $(PYTHON) -m venv $(NUMPY1)/venv
+	$(NUMPY1)/venv/bin/python -m pip install --quiet --disable-pip-version-check 'numpy==1.26.*' safetensors tqdm pytest Pillow 'matplotlib<3.11' scikit-learn
+	PYTHONPATH=$(CURDIR) $(NUMPY1)/venv/bin/python -m pytest -p no:cacheprovider -q $(PYTEST)
+
+$(VENV)/linters: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check 'clang-format==18.1.8' 'ruff==0.17.6'
+	touch $@
+
+FORMATTED = $(shell git ls-files 'csrc/*.c' 'csrc/*.h')
+lint: build $(VENV)/linters
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+	$(VENV)/bin/ruff check .
+	PROMOE_CFLAGS='-O1 -Werror' $(PY) setup.py --quiet build_ext --force --build-lib build/lint --build-temp build/lint
+
+format: $(VENV)/linters
+	$(VENV)/bin/clang-format -i $(FORMATTED)
+	$(VENV)/bin/ruff check --fix .
 
 clean:
 	rm -rf $(VENV) build *.egg-info promoe/*.so
