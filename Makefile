@@ -50,7 +50,7 @@ FORMATTED = $(shell git ls-files 'csrc/*.c' 'csrc/*.h')
 lint: build $(VENV)/linters
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 	$(VENV)/bin/ruff check .
-	PROMOE_CFLAGS='-O1 -Werror' $(PY) setup.py --quiet build_ext --force --build-lib build/lint --build-temp build/lint
+	PROMOE_CFLAGS=-Werror $(PY) setup.py --quiet build_ext --force --build-lib build/lint --build-temp build/lint
 
 format: $(VENV)/linters
 	$(VENV)/bin/clang-format -i $(FORMATTED)

@@ -12,7 +12,7 @@ STEMS = [stem for stem, _, _ in OPS]
 # Where an op has a file, and what else lives there.
 PLACES = {
     "csrc/ops/{}.h": {"all"},
-    "csrc/cpu/{}.c": {"backend"},
+    "csrc/cpu/{}.c": {"backend", "guard"},
     "tests/oracle/{}.py": {"__init__", "numeric", "draws"},
     "tests/ops/test_{}.py": set(),
 }

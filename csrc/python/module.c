@@ -233,11 +233,7 @@ static int core_exec(PyObject *module)
     }
     if (ops_py_register(module) < 0)
         return -1;
-#if __has_include("model_py.c")
-    if (model_py_register(module) < 0)
-        return -1;
-#endif
-    return 0;
+    return model_py_register(module);
 }
 
 static int core_traverse(PyObject *module, visitproc visit, void *arg)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from promoe import ops
-from tests.binding.calls import CASES, FUNCTIONS, call, dims, field, fields, valid, with_buffers, writes
+from tests.binding.calls import (
+    CASES,
+    FUNCTIONS,
+    call,
+    dims,
+    field,
+    fields,
+    valid,
+    with_buffers,
+    writes,
+)
 
 _cache = {}
 
