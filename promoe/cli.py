@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import promoe
-from promoe import checkpoint, doctor, report
-from promoe.config import (ASSIGNMENTS, BALANCE_POOLS, DENSITIES, GATES, ModelConfig, RectifiedFlow)
+from promoe import doctor, report
+from promoe.config import ASSIGNMENTS, BALANCE_POOLS, DENSITIES, GATES, ModelConfig, RectifiedFlow
 
 __all__ = ["main"]
 
