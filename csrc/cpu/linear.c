@@ -17,7 +17,10 @@ typedef struct {
 } linear_block;
 
 /* Cuts used by workspace() and by the passes alike. */
-static product_grid linear_wgrad_grid(const pm_linear_args *g) { return product_wgrad_grid(g->F, g->D, g->N); }
+static product_grid linear_wgrad_grid(const pm_linear_args *g)
+{
+    return product_wgrad_grid(g->F, g->D, g->N);
+}
 
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {
@@ -34,11 +37,14 @@ static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool 
 
 static inline vf linear_activate(vf x, int activation)
 {
-    return activation == PM_ACT_SILU ? x * v_sigmoid(x) : activation == PM_ACT_GELU_TANH ? v_gelu(x) : x;
+    if (activation == PM_ACT_SILU)
+        return x * v_sigmoid(x);
+    return activation == PM_ACT_GELU_TANH ? v_gelu(x) : x;
 }
 
 /* y = act(pre), pre = tile + bias, while the tile is in L1. */
-static void linear_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static void linear_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                  float *tile)
 {
     const linear_block *block = arg;
     const pm_linear_args *g = block->job->g;
@@ -139,13 +145,15 @@ static void linear_wgrad_task(void *arg, int64_t task, int worker)
     product_share s = product_share_of(&job->grid, task);
     int64_t d0 = s.panel0 * PM_NR, d1 = pm_min(g->D, s.panel1 * PM_NR);
     if (job->d->dweight)
-        product_wgrad(g->N, job->dpre, g->F, g->x + d0, g->D, NULL, s.row0, s.row0 + s.rows, d1 - d0,
-                      job->d->dweight + d0, g->D, (char *)job->scratch + (size_t)worker * job->worker_bytes);
+        product_wgrad(g->N, job->dpre, g->F, g->x + d0, g->D, NULL, s.row0, s.row0 + s.rows,
+                      d1 - d0, job->d->dweight + d0, g->D,
+                      (char *)job->scratch + (size_t)worker * job->worker_bytes);
     if (job->d->dbias && d0 == 0)
         product_bias_grad(g->N, job->dpre, g->F, s.row0, s.row0 + s.rows, job->d->dbias);
 }
 
-static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_linear_grads *d, void *scratch)
+static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_linear_grads *d,
+                                 void *scratch)
 {
     if (g->N == 0)
         return PM_OK;

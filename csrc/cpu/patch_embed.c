@@ -1,4 +1,5 @@
-/* patch_embed: contract in ops/patch_embed.h. Patches become rows of P (im2col), then it is a product. */
+/* patch_embed: contract in ops/patch_embed.h. Patches become rows of P (im2col), then it is a
+ * product. */
 
 /* A grid of patches over up to three spatial axes; unpatchify has the same. */
 typedef struct {
@@ -6,13 +7,15 @@ typedef struct {
     int64_t voxels, tokens, inside;      /* products of the three */
 } patch_grid;
 
-static pm_status patch_grid_make(pm_ctx *ctx, const char *op, const int64_t size[3], const int64_t patch[3],
-                                 int64_t C, int64_t V, int64_t T, int64_t P, patch_grid *grid)
+static pm_status patch_grid_make(pm_ctx *ctx, const char *op, const int64_t size[3],
+                                 const int64_t patch[3], int64_t C, int64_t V, int64_t T, int64_t P,
+                                 patch_grid *grid)
 {
     *grid = (patch_grid){.voxels = 1, .tokens = 1, .inside = 1};
     for (int i = 0; i < 3; i++) {
         if (size[i] < 1 || size[i] > V || patch[i] < 1 || size[i] % patch[i])
-            return pm_fail(ctx, PM_EINVAL, "%s: s%d=%lld must be a positive multiple of p%d=%lld, at most V=%lld",
+            return pm_fail(ctx, PM_EINVAL,
+                           "%s: s%d=%lld must be a positive multiple of p%d=%lld, at most V=%lld",
                            op, i, (long long)size[i], i, (long long)patch[i], (long long)V);
         grid->size[i] = size[i];
         grid->patch[i] = patch[i];
@@ -27,25 +30,28 @@ static pm_status patch_grid_make(pm_ctx *ctx, const char *op, const int64_t size
         return pm_fail(ctx, PM_EINVAL,
                        "%s: s0*s1*s2=%lld must be V=%lld, the patches %lld must be T=%lld, and "
                        "C*p0*p1*p2=%lld must be P=%lld",
-                       op, (long long)grid->voxels, (long long)V, (long long)grid->tokens, (long long)T,
-                       (long long)(C * grid->inside), (long long)P);
+                       op, (long long)grid->voxels, (long long)V, (long long)grid->tokens,
+                       (long long)T, (long long)(C * grid->inside), (long long)P);
     return PM_OK;
 }
 
 /* The first voxel of patch i of an image. */
 static int64_t patch_origin(const patch_grid *g, int64_t i)
 {
-    int64_t i2 = i % g->count[2], i1 = i / g->count[2] % g->count[1], i0 = i / g->count[2] / g->count[1];
+    int64_t i2 = i % g->count[2], i1 = i / g->count[2] % g->count[1],
+            i0 = i / g->count[2] / g->count[1];
     return (i0 * g->patch[0] * g->size[1] + i1 * g->patch[1]) * g->size[2] + i2 * g->patch[2];
 }
 
-/* Where element p of a patch lies in its image, counted from the patch's origin: offset[P]. The channel
- * is the slowest index inside a patch (a convolution weight) or the fastest (unpatchify). */
+/* Where element p of a patch lies in its image, counted from the patch's origin: offset[P]. The
+ * channel is the slowest index inside a patch (a convolution weight) or the fastest (unpatchify).
+ */
 static void patch_offsets(const patch_grid *g, int64_t C, bool channel_fastest, int64_t *offset)
 {
     for (int64_t c = 0; c < C; c++)
         for (int64_t q = 0; q < g->inside; q++) {
-            int64_t q2 = q % g->patch[2], q1 = q / g->patch[2] % g->patch[1], q0 = q / g->patch[2] / g->patch[1];
+            int64_t q2 = q % g->patch[2], q1 = q / g->patch[2] % g->patch[1],
+                    q0 = q / g->patch[2] / g->patch[1];
             offset[channel_fastest ? q * C + c : c * g->inside + q] =
                 c * g->voxels + (q0 * g->size[1] + q1) * g->size[2] + q2;
         }
@@ -71,17 +77,20 @@ typedef struct {
 
 static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args *g, bool backward)
 {
-    size_t workers = (size_t)pm_pool_threads(ctx->pool), bytes = pm_round64((size_t)g->P * sizeof(int64_t));
+    size_t workers = (size_t)pm_pool_threads(ctx->pool),
+           bytes = pm_round64((size_t)g->P * sizeof(int64_t));
     if (!backward) {
         bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->D, g->P) * 4);
         return bytes + workers * pm_round64((size_t)(PM_ROWS * g->P) * 4);
     }
     bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->P, g->D) * 4);
     product_grid grid = product_wgrad_grid(g->D, g->P, g->B * g->T);
-    return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) + workers * product_grid_wgrad_scratch(&grid);
+    return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) +
+           workers * product_grid_wgrad_scratch(&grid);
 }
 
-static pm_status patch_embed_begin(pm_ctx *ctx, const pm_patch_embed_args *g, patch_embed_job *job, void **scratch)
+static pm_status patch_embed_begin(pm_ctx *ctx, const pm_patch_embed_args *g, patch_embed_job *job,
+                                   void **scratch)
 {
     const int64_t size[3] = {g->s0, g->s1, g->s2}, patch[3] = {g->p0, g->p1, g->p2};
     PM_TRY(patch_grid_make(ctx, "patch_embed", size, patch, g->C, g->V, g->T, g->P, &job->patches));
@@ -107,7 +116,8 @@ static void patch_embed_gather(const patch_embed_job *job, int64_t n, float *row
 /* ---------------------------------------------------------------- forward */
 
 /* y = tile + bias + pos, while the tile is in L1. */
-static void patch_embed_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static void patch_embed_forward_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                       float *tile)
 {
     const patch_embed_block *block = arg;
     const pm_patch_embed_args *g = block->job->g;
@@ -134,8 +144,8 @@ static void patch_embed_forward_task(void *arg, int64_t task, int worker)
         rows[i] = patches + i * g->P;
         patch_embed_gather(job, s.row0 + i, patches + i * g->P);
     }
-    product_block(s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1, patch_embed_forward_finish,
-                  &(patch_embed_block){job, s.row0});
+    product_block(s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1,
+                  patch_embed_forward_finish, &(patch_embed_block){job, s.row0});
 }
 
 static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *scratch)
@@ -152,7 +162,8 @@ static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, 
 /* ---------------------------------------------------------------- backward */
 
 /* dx = dy . weight, put back where the patch came from: each voxel is in exactly one patch. */
-static void patch_embed_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static void patch_embed_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                  float *tile)
 {
     const patch_embed_block *block = arg;
     const patch_embed_job *job = block->job;
@@ -182,7 +193,8 @@ static void patch_embed_gather_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const patch_embed_job *job = arg;
-    int64_t begin = task * PATCH_EMBED_ROWS, end = pm_min(job->g->B * job->g->T, begin + PATCH_EMBED_ROWS);
+    int64_t begin = task * PATCH_EMBED_ROWS,
+            end = pm_min(job->g->B * job->g->T, begin + PATCH_EMBED_ROWS);
     for (int64_t n = begin; n < end; n++)
         patch_embed_gather(job, n, job->rows + n * job->g->P);
 }
@@ -196,8 +208,9 @@ static void patch_embed_wgrad_task(void *arg, int64_t task, int worker)
     product_share s = product_share_of(&job->grid, task);
     int64_t p0 = s.panel0 * PM_NR, p1 = pm_min(g->P, s.panel1 * PM_NR);
     if (job->d->dweight)
-        product_wgrad(N, job->d->dy, g->D, job->rows + p0, g->P, NULL, s.row0, s.row0 + s.rows, p1 - p0,
-                      job->d->dweight + p0, g->P, job->scratch + (size_t)worker * job->worker_bytes);
+        product_wgrad(N, job->d->dy, g->D, job->rows + p0, g->P, NULL, s.row0, s.row0 + s.rows,
+                      p1 - p0, job->d->dweight + p0, g->P,
+                      job->scratch + (size_t)worker * job->worker_bytes);
     if (job->d->dbias && p0 == 0)
         product_bias_grad(N, job->d->dy, g->D, s.row0, s.row0 + s.rows, job->d->dbias);
 }
@@ -211,8 +224,8 @@ static void patch_embed_dpos_task(void *arg, int64_t i, int worker)
     product_bias_grad(g->B, job->d->dy + i * g->D, g->T * g->D, 0, g->D, job->d->dpos + i * g->D);
 }
 
-static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g, const pm_patch_embed_grads *d,
-                                      void *scratch)
+static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
+                                      const pm_patch_embed_grads *d, void *scratch)
 {
     int64_t N = g->B * g->T;
     patch_embed_job job = {.d = d};

@@ -1,9 +1,9 @@
 /* product.h: the one product family. Everything that multiplies matrices goes through here.
  *
  * The right operand is packed in panels of PM_NR columns, panel[k][PM_NR], zero padded; the left
- * operand is read in place, each row through its own pointer (that is the gather). A tile is at most
- * PM_MR rows of one panel: its accumulators live in registers over the whole of k, so a row's result
- * does not depend on which rows share its tile. Included once per level.
+ * operand is read in place, each row through its own pointer (that is the gather). A tile is at
+ * most PM_MR rows of one panel: its accumulators live in registers over the whole of k, so a row's
+ * result does not depend on which rows share its tile. Included once per level.
  *
  * Sizes: AVX-512 14x32 = 28 of 32 registers, AVX2 6x16 = 12 of 16, generic 6x8 = 12 of 16. */
 
@@ -48,9 +48,10 @@ static void product_pack_rows(int64_t n, int64_t k, const float *w, int64_t ld, 
 
 #define PRODUCT_PACK_ROWS 16 /* rows of W read side by side: long reads and long writes */
 
-/* Rows k0..k1-1 of the panels of the columns of B = W, for dx = dy W: W has k rows of n, at distance ld. */
-static void product_pack_cols_range(int64_t n, int64_t k, int64_t k0, int64_t k1, const float *w, int64_t ld,
-                                    float *panels)
+/* Rows k0..k1-1 of the panels of the columns of B = W, for dx = dy W: W has k rows of n, at
+ * distance ld. */
+static void product_pack_cols_range(int64_t n, int64_t k, int64_t k0, int64_t k1, const float *w,
+                                    int64_t ld, float *panels)
 {
     for (int64_t b = k0; b < k1; b += PRODUCT_PACK_ROWS)
         for (int64_t p = 0; p < n; p += PM_NR)
@@ -70,7 +71,8 @@ static void product_pack_cols(int64_t n, int64_t k, const float *w, int64_t ld, 
 /* The derived twin of a weight (F, D): panels for y = x W^T, then panels for dx = dy W. */
 static size_t product_derived_bytes(int64_t F, int64_t D)
 {
-    return pm_round64((size_t)product_packed(F, D) * 4) + pm_round64((size_t)product_packed(D, F) * 4);
+    return pm_round64((size_t)product_packed(F, D) * 4) +
+           pm_round64((size_t)product_packed(D, F) * 4);
 }
 static inline const float *product_forward_panels(const void *derived, int64_t F, int64_t D)
 {
@@ -120,7 +122,8 @@ static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *
 
 /* The panels of a weight (F, D): its derived twin's, or packed into scratch, which has
  * product_packed(F, D) floats forward and product_packed(D, F) floats backward. */
-static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D, float *scratch)
+static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
+                                       float *scratch)
 {
     if (weight.derived)
         return product_forward_panels(weight.derived, F, D);
@@ -128,7 +131,8 @@ static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F,
     pm_parallel(ctx->pool, product_panels(F), product_pack_forward_task, &job);
     return scratch;
 }
-static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D, float *scratch)
+static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
+                                        float *scratch)
 {
     if (weight.derived)
         return product_backward_panels(weight.derived, F, D);
@@ -202,7 +206,8 @@ typedef void (*product_tile_fn)(int64_t k, const float *const *a, const float *p
 typedef void (*product_ahead_fn)(int64_t k, const float *const *a, const float *panel, float *c,
                                  PRODUCT_ahead_ARGS);
 static const product_tile_fn product_tile[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, tile)};
-static const product_ahead_fn product_ahead[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
+static const product_ahead_fn product_ahead[PM_MR + 1] = {
+    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
 
 /* m rows in near-equal slices of at most PM_MR, so that no slice is a thin remainder. */
 static inline int64_t product_slices(int64_t m) { return (m + PM_MR - 1) / PM_MR; }
@@ -212,10 +217,11 @@ static inline int64_t product_cut(int64_t m, int64_t slices, int64_t i) { return
 
 /* Called on every finished tile while it is in L1: rows row0..row0+m-1 of the block, columns
  * col0..col0+n-1 (n <= PM_NR), tile[i*PM_NR + j]; the tile may be overwritten. */
-typedef void (*product_finish)(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile);
+typedef void (*product_finish)(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                               float *tile);
 
-/* One task's share of A.B: m rows (m <= a few PM_ROWS; a[i] points to k floats), panels p0..p1-1 of the
- * n-column packed operand. */
+/* One task's share of A.B: m rows (m <= a few PM_ROWS; a[i] points to k floats), panels p0..p1-1 of
+ * the n-column packed operand. */
 static inline void product_block(int64_t m, const float *const *a, int64_t k, int64_t n,
                                  const float *panels, int64_t p0, int64_t p1, product_finish finish,
                                  void *arg)
@@ -234,14 +240,6 @@ static inline void product_block(int64_t m, const float *const *a, int64_t k, in
     }
 }
 
-/* For finish callbacks: fetches, for writing, the m rows of PM_NR floats that the next tile goes to. */
-static inline void product_fetch_tile(float *c, int64_t ld, int64_t m)
-{
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = 0; j < PM_NR; j += 16)
-            __builtin_prefetch(c + i * ld + j, 1);
-}
-
 /* How m rows by the panels of n columns, of depth k, are cut into tasks: blocks of row slices times
  * ranges of panels. Enough tasks for many threads, none too small to be worth handing out. */
 typedef struct {
@@ -253,7 +251,7 @@ typedef struct {
 } product_share;
 
 #define PRODUCT_TASKS 64               /* tasks that keep 16 threads busy to the end */
-#define PRODUCT_WORK ((int64_t)1 << 20) /* multiply-adds of the smallest task: about 10 microseconds */
+#define PRODUCT_WORK ((int64_t)1 << 20) /* multiply-adds of the smallest task: 10 microseconds */
 
 static product_grid product_grid_of(int64_t m, int64_t n, int64_t k)
 {
@@ -279,8 +277,8 @@ static product_share product_share_of(const product_grid *g, int64_t task)
 
 /* ---------------------------------------------------------------- weight gradient */
 
-/* The same cut for a weight gradient: rows are F, panels those of D, depth R. A task packs its columns of
- * dy once for all of its panels, so it gets at least four panels where it can. */
+/* The same cut for a weight gradient: rows are F, panels those of D, depth R. A task packs its
+ * columns of dy once for all of its panels, so it gets at least four panels where it can. */
 static product_grid product_wgrad_grid(int64_t F, int64_t D, int64_t R)
 {
     product_grid g = {.rows = F, .panels = product_panels(D)};
@@ -292,12 +290,13 @@ static product_grid product_wgrad_grid(int64_t F, int64_t D, int64_t R)
 }
 
 /* db[f] += sum over r < R of dy[r][f], f0 <= f < f1, in the same order whatever f0 and f1 are. */
-static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f0, int64_t f1, float *db)
+static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f0, int64_t f1,
+                              float *db)
 {
     for (int64_t f = f0; f < f1; f += PM_WIDTH) {
         int64_t left = f1 - f;
         vf sum = v_zero();
-        for (int64_t r0 = 0; r0 < R; r0 += 64) { /* sums of 64, then their sum: smaller rounding errors */
+        for (int64_t r0 = 0; r0 < R; r0 += 64) { /* sums of 64, then their sum: smaller errors */
             vf part = v_zero();
             for (int64_t r = r0; r < pm_min(R, r0 + 64); r++)
                 part += v_get(dy + r * ldy + f, left);
@@ -309,20 +308,19 @@ static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f
 
 #define PRODUCT_TOKENS 256 /* rows at a time: a packed panel of x and a slice of dy stay in L1 */
 #define PRODUCT_AHEAD 16   /* rows of x fetched ahead */
-#define PRODUCT_SLICE (PRODUCT_TOKENS * PM_MR + 2 * PM_WIDTH) /* floats; whole vectors run over its end */
+/* Floats of a slice of dy; whole vectors run over its end. */
+#define PRODUCT_SLICE (PRODUCT_TOKENS * PM_MR + 2 * PM_WIDTH)
 
 /* c[i][0..PM_NR) += sum over r < n of dy[r][i] * x[r][0..PM_NR), i < m <= PM_MR, where dy[r][i] is
- * left[r*m + i]. packed reads x from panel; fresh from the rows, and leaves it in panel. next is where the
- * next tile goes to. */
+ * left[r*m + i]. packed reads x from panel; fresh from the rows, and leaves it in panel. next is
+ * where the next tile goes to. */
 #define PRODUCT_packed_ROW v_load(panel + r * PM_NR), b1 = v_load(panel + r * PM_NR + PM_WIDTH);
 #define PRODUCT_fresh_ROW                                                                          \
     v_load(x[r] + col), b1 = v_load(x[r] + col + PM_WIDTH);                                        \
     v_store(panel + r * PM_NR, b0);                                                                \
     v_store(panel + r * PM_NR + PM_WIDTH, b1);                                                     \
     __builtin_prefetch(x[r + PRODUCT_AHEAD] + col);                                                \
-    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + 16);                                           \
-    if (PM_NR == 32) /* x is not aligned to lines */                                               \
-        __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + 31);
+    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + PM_NR - 1);
 #define PRODUCT_WGRAD_TILE(kind, m)                                                                \
     static void product_wgrad_##kind##_##m(int64_t n, const float *left, const float *const *x,    \
                                            int64_t col, float *panel, float *c, int64_t ldc,       \
@@ -376,7 +374,8 @@ static inline size_t product_grid_wgrad_scratch(const product_grid *g)
 }
 
 /* Fetches columns col..col+n-1 of rows r0..r1-1 into L2. */
-static inline void product_wgrad_fetch(const float *const *x, int64_t col, int64_t n, int64_t r0, int64_t r1)
+static inline void product_wgrad_fetch(const float *const *x, int64_t col, int64_t n, int64_t r0,
+                                       int64_t r1)
 {
     if (n > 0)
         for (int64_t r = r0; r < r1; r++)
@@ -384,18 +383,19 @@ static inline void product_wgrad_fetch(const float *const *x, int64_t col, int64
                 __builtin_prefetch(x[r] + col + j, 0, 2);
 }
 
-/* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at dy + r*ldy
- * and x_r = x + (rows ? rows[r] : r) * ldx; dw row f is at dw + f*ldw. One task calls it for the rows
- * f0..f1-1 that it owns; r is summed in order. scratch: product_wgrad_scratch(f1 - f0, D) bytes. */
+/* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at
+ * dy + r*ldy and x_r = x + (rows ? rows[r] : r) * ldx; dw row f is at dw + f*ldw. One task calls it
+ * for the rows f0..f1-1 that it owns; r is summed in order, by chunks of at most PRODUCT_TOKENS.
+ * scratch: product_wgrad_scratch(f1 - f0, D) bytes. */
 static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *x, int64_t ldx,
-                          const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw, int64_t ldw,
-                          void *scratch)
+                          const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw,
+                          int64_t ldw, void *scratch)
 {
     int64_t F = f1 - f0, slices = product_slices(F), panels = product_panels(D);
     int64_t chunks = pm_blocks(R, PRODUCT_TOKENS);
     float *left = pm_take(&scratch, (size_t)(slices * PRODUCT_SLICE) * 4); /* [slice][r][f] */
     float *panel = scratch;                                               /* [r][PM_NR] */
-    float edge[PM_MR * PM_NR] __attribute__((aligned(64)));               /* the tile of a partial panel */
+    float edge[PM_MR * PM_NR] __attribute__((aligned(64))); /* the tile of a partial panel */
     const float *x_rows[PRODUCT_TOKENS + PRODUCT_AHEAD];
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         int64_t r0 = product_cut(R, chunks, chunk), n = product_cut(R, chunks, chunk + 1) - r0;
@@ -407,7 +407,8 @@ static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *
             int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
             const float *from = dy + r0 * ldy + f0 + f;
             float *to = left + s * PRODUCT_SLICE;
-            for (int64_t r = 0; r < n; r++, from += ldy, to += m) /* row r + 1 overwrites what runs over */
+            /* whole vectors: row r + 1 overwrites what runs over */
+            for (int64_t r = 0; r < n; r++, from += ldy, to += m)
                 for (int64_t i = 0; i < m; i += PM_WIDTH)
                     v_store(to + i, v_get(from + i, m - i));
         }
@@ -421,8 +422,8 @@ static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *
                 int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
                 float *c = dw + (f0 + f) * ldw + d;
                 const float *slice = left + s * PRODUCT_SLICE;
-                product_wgrad_fetch(x_rows, d + PM_NR, pm_min(PM_NR, D - d - PM_NR), product_cut(n, slices, s),
-                                    product_cut(n, slices, s + 1));
+                product_wgrad_fetch(x_rows, d + PM_NR, pm_min(PM_NR, D - d - PM_NR),
+                                    product_cut(n, slices, s), product_cut(n, slices, s + 1));
                 if (chunk + 1 < chunks) { /* a share of the next rows of dy */
                     int64_t end = product_cut(R, chunks, chunk + 2), share = p * slices + s;
                     for (int64_t r = r0 + n + product_cut(end - r0 - n, panels * slices, share);
@@ -432,7 +433,8 @@ static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *
                 }
                 if (whole) {
                     const float *next = s + 1 < slices ? c + m * ldw : dw + f0 * ldw + d + PM_NR;
-                    (s ? product_wgrad_packed : product_wgrad_fresh)[m](n, slice, x_rows, d, panel, c, ldw, next);
+                    const product_wgrad_fn *tile = s ? product_wgrad_packed : product_wgrad_fresh;
+                    tile[m](n, slice, x_rows, d, panel, c, ldw, next);
                     continue;
                 }
                 memset(edge, 0, sizeof edge);

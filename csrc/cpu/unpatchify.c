@@ -1,4 +1,4 @@
-/* unpatchify: contract in ops/unpatchify.h. A permutation; the patch grid is that of patch_embed.c. */
+/* unpatchify: contract in ops/unpatchify.h. A permutation over the patch grid of patch_embed.c. */
 
 typedef struct {
     const pm_unpatchify_args *g;
@@ -15,14 +15,18 @@ static size_t unpatchify_workspace(const pm_ctx *ctx, const pm_unpatchify_args *
     return pm_round64((size_t)g->P * sizeof(int64_t));
 }
 
-static int64_t unpatchify_rows(const pm_unpatchify_args *g) { return pm_max(1, UNPATCHIFY_ELEMENTS / pm_max(1, g->P)); }
+static int64_t unpatchify_rows(const pm_unpatchify_args *g)
+{
+    return pm_max(1, UNPATCHIFY_ELEMENTS / pm_max(1, g->P));
+}
 
 static void unpatchify_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const unpatchify_job *job = arg;
     const pm_unpatchify_args *g = job->g;
-    int64_t begin = task * unpatchify_rows(g), end = pm_min(g->B * g->T, begin + unpatchify_rows(g));
+    int64_t begin = task * unpatchify_rows(g),
+            end = pm_min(g->B * g->T, begin + unpatchify_rows(g));
     for (int64_t n = begin; n < end; n++) {
         int64_t start = n / g->T * g->C * g->V + patch_origin(&job->patches, n % g->T);
         if (job->d)
@@ -34,7 +38,8 @@ static void unpatchify_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status unpatchify_run(pm_ctx *ctx, const pm_unpatchify_args *g, const pm_unpatchify_grads *d, void *scratch)
+static pm_status unpatchify_run(pm_ctx *ctx, const pm_unpatchify_args *g,
+                                const pm_unpatchify_grads *d, void *scratch)
 {
     const int64_t size[3] = {g->s0, g->s1, g->s2}, patch[3] = {g->p0, g->p1, g->p2};
     unpatchify_job job = {.g = g, .d = d, .offset = scratch};
@@ -51,8 +56,8 @@ static pm_status unpatchify_forward(pm_ctx *ctx, const pm_unpatchify_args *g, vo
 }
 
 /* dx = dy, moved back */
-static pm_status unpatchify_backward(pm_ctx *ctx, const pm_unpatchify_args *g, const pm_unpatchify_grads *d,
-                                     void *scratch)
+static pm_status unpatchify_backward(pm_ctx *ctx, const pm_unpatchify_args *g,
+                                     const pm_unpatchify_grads *d, void *scratch)
 {
     return d->dx ? unpatchify_run(ctx, g, d, scratch) : PM_OK;
 }

@@ -18,14 +18,15 @@ def test_values_and_gradients(case):
 
 @pytest.mark.parametrize("case", ["image", "no_pos", "video"])
 def test_oracle_finite_differences(case):
-    check_finite_differences("patch_embed", case, ["x", "weight", "bias"] + ["pos"] * (case != "no_pos"))
+    wrt = ["x", "weight", "bias"] + ["pos"] * (case != "no_pos")
+    check_finite_differences("patch_embed", case, wrt)
 
 
 def test_one_patch_by_hand():
     """The order inside a patch is (c, q0, q1, q2), that of tokens (i0, i1, i2)."""
     x = np.arange(2 * 2 * 4, dtype=np.float32).reshape(1, 2, 8)  # 2 channels of 2 x 4 voxels
-    y = ops.patch_embed_forward(x=x, weight=np.eye(8, dtype=np.float32), bias=np.zeros(8, np.float32),
-                                T=2, s1=2, s2=4, p1=2, p2=2)["y"]
+    y = ops.patch_embed_forward(x=x, weight=np.eye(8, dtype=np.float32),
+                                bias=np.zeros(8, np.float32), T=2, s1=2, s2=4, p1=2, p2=2)["y"]
     np.testing.assert_array_equal(y, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
 
 
@@ -65,8 +66,8 @@ def test_without_images():
     assert not grads["dweight"].any() and not grads["dbias"].any() and not grads["dpos"].any()
 
 
-@pytest.mark.parametrize("wrong", [{"s1": 7}, {"p1": 3}, {"s0": 0}, {"p2": 0}, {"p2": -2}, {"s0": 2},
-                                   {"s0": 2**62, "s1": 2**62}, {"p1": 1}])
+@pytest.mark.parametrize("wrong", [{"s1": 7}, {"p1": 3}, {"s0": 0}, {"p2": 0}, {"p2": -2},
+                                   {"s0": 2}, {"s0": 2**62, "s1": 2**62}, {"p1": 1}])
 def test_sizes_that_do_not_fit(wrong):
     with pytest.raises(ValueError, match="patch_embed"):
         ops.patch_embed_forward(**make("patch_embed", "image") | wrong)

@@ -37,10 +37,12 @@ def test_inverse_of_patches(case):
     B, C, V = (inputs[name] for name in "BCV")
     image = np.random.default_rng(0).standard_normal((B, C, V)).astype(np.float32)
     P = inputs["x"].shape[1]
-    rows = ops.patch_embed_forward(x=image, weight=np.eye(P, dtype=np.float32), bias=np.zeros(P, np.float32),
-                                   T=len(inputs["x"]) // B, **sizes)["y"]
+    rows = ops.patch_embed_forward(x=image, weight=np.eye(P, dtype=np.float32),
+                                   bias=np.zeros(P, np.float32), T=len(inputs["x"]) // B,
+                                   **sizes)["y"]
     rows = np.ascontiguousarray(rows.reshape(-1, C, P // C).transpose(0, 2, 1)).reshape(-1, P)
-    np.testing.assert_array_equal(ops.unpatchify_forward(x=rows, B=B, C=C, V=V, **sizes)["y"], image)
+    back = ops.unpatchify_forward(x=rows, B=B, C=C, V=V, **sizes)["y"]
+    np.testing.assert_array_equal(back, image)
 
 
 @pytest.mark.parametrize("wrong", [{"s1": 7}, {"p1": 3}, {"s0": 0}, {"p2": 0}, {"V": 32}])

@@ -41,8 +41,8 @@ def _case(B, C, s, p, D, pos=True):
     def make(rng):
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
         P, T = C * int(np.prod(p)), int(np.prod(s)) // int(np.prod(p))
-        values = {"x": normal(B, C, int(np.prod(s))), "weight": normal(D, P) / np.float32(np.sqrt(P)),
-                  "bias": normal(D), "T": T}
+        values = {"x": normal(B, C, int(np.prod(s))), "bias": normal(D), "T": T,
+                  "weight": normal(D, P) / np.float32(np.sqrt(P))}
         values |= {f"s{i}": s[i] for i in range(3)} | {f"p{i}": p[i] for i in range(3)}
         return values | ({"pos": normal(T, D)} if pos else {})
     return make
