@@ -68,16 +68,19 @@
 #endif
 ATTENTION_ALL(ATTENTION_TILE)
 
+/* Query rows that go through the products and the softmax together: their scores are in L1 at T = 256. */
+#define ATTENTION_ROWS (PM_MR == 14 ? 28 : 24)
+
 typedef void (*attention_rows_fn)(int64_t k, const float *const *a, const float *panel, float *c,
                                   int64_t ldc);
 typedef void (*attention_cols_fn)(int64_t k, const float *a, int64_t lda, const float *panel, float *c,
                                   int64_t ldc);
-#define ATTENTION_ROWS(m) [m] = attention_tile_rows_##m,
-#define ATTENTION_COLS1(m) [m] = attention_tile_cols1_##m,
-#define ATTENTION_COLS2(m) [m] = attention_tile_cols2_##m,
-static const attention_rows_fn attention_tile_rows[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ROWS)};
-static const attention_cols_fn attention_tile_cols1[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_COLS1)};
-static const attention_cols_fn attention_tile_cols2[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_COLS2)};
+#define ATTENTION_ENTRY(m) [m] = attention_tile_rows_##m,
+#define ATTENTION_ENTRY1(m) [m] = attention_tile_cols1_##m,
+#define ATTENTION_ENTRY2(m) [m] = attention_tile_cols2_##m,
+static const attention_rows_fn attention_tile_rows[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY)};
+static const attention_cols_fn attention_tile_cols1[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY1)};
+static const attention_cols_fn attention_tile_cols2[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY2)};
 
 /* ---------------------------------------------------------------- panels
  *
@@ -87,6 +90,9 @@ static const attention_cols_fn attention_tile_cols2[PM_MR + 1] = {ATTENTION_ALL(
 static inline int64_t attention_pad(int64_t n) { return pm_blocks(n, PM_WIDTH) * PM_WIDTH; }
 static inline int64_t attention_vectors(int64_t n, int64_t p) { return n - p > PM_WIDTH ? 2 : 1; }
 
+/* Rows of qkv lie pages apart, where the hardware does not prefetch. */
+#define ATTENTION_AHEAD 16
+
 /* Columns from rows: B[i][j] = scale * x[j][i], j < n, i < k. */
 static void attention_pack_transposed(int64_t n, int64_t k, const float *x, int64_t ld, float scale,
                                       float *panels)
@@ -94,14 +100,26 @@ static void attention_pack_transposed(int64_t n, int64_t k, const float *x, int6
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
         const int64_t p = j / PM_NR * PM_NR, width = attention_vectors(n, p) * PM_WIDTH;
         float *out = panels + p * k + (j - p);
+        const int64_t rows = pm_min(PM_WIDTH, n - j);
         for (int64_t i = 0; i < k; i += PM_WIDTH) {
+            const float *from = x + j * ld + i;
             vf row[PM_WIDTH];
-            _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
-                row[l] = j + l < n ? v_get(x + (j + l) * ld + i, k - i) * v_set(scale) : v_zero();
-            v_transpose(row);
-            _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
-                if (i + l < k)
+            if (rows == PM_WIDTH && k - i >= PM_WIDTH) {
+                _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
+                {
+                    __builtin_prefetch(from + (l + ATTENTION_AHEAD) * ld);
+                    row[l] = v_load(from + l * ld) * v_set(scale);
+                }
+                v_transpose(row);
+                _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
                     v_store(out + (i + l) * width, row[l]);
+            } else {
+                for (int l = 0; l < PM_WIDTH; l++)
+                    row[l] = l < rows ? v_get(from + l * ld, k - i) * v_set(scale) : v_zero();
+                v_transpose(row);
+                for (int l = 0; l < PM_WIDTH && i + l < k; l++)
+                    v_store(out + (i + l) * width, row[l]);
+            }
         }
     }
 }
@@ -109,23 +127,40 @@ static void attention_pack_transposed(int64_t n, int64_t k, const float *x, int6
 /* Columns as they are: B[i][j] = x[i][j], j < n, i < k. */
 static void attention_pack(int64_t n, int64_t k, const float *x, int64_t ld, float *panels)
 {
-    for (int64_t p = 0; p < n; p += PM_NR) {
-        const int64_t width = attention_vectors(n, p) * PM_WIDTH;
-        for (int64_t i = 0; i < k; i++)
-            for (int64_t j = 0; j < width; j += PM_WIDTH, panels += PM_WIDTH)
-                v_store(panels, v_get(x + i * ld + p + j, n - p - j));
+    const int64_t whole = n / PM_NR * PM_NR;
+    for (int64_t i = 0; i < k; i++, x += ld) {
+        float *out = panels + i * PM_NR;
+        for (int64_t p = 0; p < whole; p += PM_NR, out += k * PM_NR) {
+            __builtin_prefetch(x + ATTENTION_AHEAD * ld + p);
+            __builtin_prefetch(x + ATTENTION_AHEAD * ld + p + PM_WIDTH);
+            v_store(out, v_load(x + p));
+            v_store(out + PM_WIDTH, v_load(x + p + PM_WIDTH));
+        }
+        if (n > whole) {
+            const int64_t width = attention_vectors(n, whole) * PM_WIDTH;
+            out = panels + whole * k + i * width;
+            for (int64_t p = whole; p < whole + width; p += PM_WIDTH, out += PM_WIDTH)
+                v_store(out, v_get(x + p, n - p));
+        }
     }
 }
 
-/* c = a . B for at most PM_MR rows: c[i][0 .. padded n). */
-static inline void attention_product(int64_t m, const float *const *a, int64_t k, const float *panels,
-                                     int64_t n, float *c, int64_t ldc)
+/* c = a . B for m rows: c[i][0 .. padded n). A panel stays in L1 while the rows pass by. */
+static inline void attention_product(int64_t m, const float *x, int64_t ldx, int64_t k,
+                                     const float *panels, int64_t n, float *c, int64_t ldc)
 {
+    const float *a[ATTENTION_ROWS];
+    for (int64_t i = 0; i < m; i++)
+        a[i] = x + i * ldx;
+    const int64_t slices = product_slices(m);
     for (int64_t p = 0; p < n; p += PM_NR)
-        if (attention_vectors(n, p) == 2)
-            product_tile[m](k, a, panels + p * k, c + p, ldc, false);
-        else
-            attention_tile_rows[m](k, a, panels + p * k, c + p, ldc);
+        for (int64_t s = 0; s < slices; s++) {
+            const int64_t i = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - i;
+            if (attention_vectors(n, p) == 2)
+                product_tile[rows](k, a + i, panels + p * k, c + i * ldc + p, ldc, false);
+            else
+                attention_tile_rows[rows](k, a + i, panels + p * k, c + i * ldc + p, ldc);
+        }
 }
 
 /* c += a^T . B for m columns of a [k, lda]: c[i][0 .. padded n), i < m. */
@@ -141,29 +176,21 @@ static void attention_product_transposed(int64_t m, const float *a, int64_t lda,
     }
 }
 
-static inline void attention_pointers(int64_t m, const float *x, int64_t ld, const float **a)
-{
-    for (int64_t i = 0; i < m; i++)
-        a[i] = x + i * ld;
-}
-
 /* ---------------------------------------------------------------- softmax pieces */
 
-/* exp for x <= 0 (a little above is fine), relative error 1.2e-7; below -87.3 it is exp(-87.3), about
- * 1e-38; NaN stays NaN. One scaling by 2^n is enough here: n >= -126. */
+/* exp for x <= 0, relative error 1e-7 (1 + |x| / 4); below -87.3 it is 2^-126, about 1e-38; NaN stays NaN.
+ * exp(x) = 2^n 2^r; 2^r on [-1/2, 1/2] is the minimax polynomial that is exactly 1 at 0. */
 static inline vf attention_exp(vf x)
 {
     const vf magic = v_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = v_max(v_set(-87.3f), x);         /* the second one when either is NaN */
-    vf shifted = v_fma(x, v_set(1.44269504f), magic), n = shifted - magic;
-    vf r = v_fma(n, v_set(-0.693359375f), x);
-    r = v_fma(n, v_set(2.12194440e-4f), r);
-    vf p = v_set(1.3981999507e-3f);
-    p = v_fma(p, r, v_set(8.3334519073e-3f));
-    p = v_fma(p, r, v_set(4.1665795894e-2f));
-    p = v_fma(p, r, v_set(1.6666665459e-1f));
-    p = v_fma(p, r, v_set(5.0000001201e-1f));
-    p = v_fma(p, r, v_set(1.0f));
+    x = v_max(v_set(-126.0f), x * v_set(1.44269504f)); /* the second one when either is NaN */
+    vf shifted = x + magic, r = x - (shifted - magic);
+    vf p = v_set(1.53533605e-4f);
+    p = v_fma(p, r, v_set(1.3398875e-3f));
+    p = v_fma(p, r, v_set(9.61843692e-3f));
+    p = v_fma(p, r, v_set(5.55033237e-2f));
+    p = v_fma(p, r, v_set(2.40226477e-1f));
+    p = v_fma(p, r, v_set(6.93147182e-1f));
     p = v_fma(p, r, v_set(1.0f));
     return p * (vf)(((vi)shifted << 23) + (127 << 23));
 }
@@ -287,19 +314,19 @@ static attention_job attention_plan(const pm_attention_args *g, bool backward)
         j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), T / 64));
     j.items = heads * j.parts;
     j.group = pm_max(1, ATTENTION_FLOPS / pm_max(1, flops / j.parts));
-    int64_t blocks = pm_blocks(T, pm_max(PM_MR, ATTENTION_SCORES / j.ld));
+    int64_t blocks = pm_blocks(T, pm_max(ATTENTION_ROWS, ATTENTION_SCORES / j.ld));
     j.block = pm_blocks(T, pm_max(1, blocks));
     const bool norm = g->q_weight;
     if (!backward) {
         j.bytes = 2 * attention_floats(T * j.Kp) * norm                        /* q, k */
                   + attention_floats(j.Tp * K) + attention_floats(T * j.Kp)    /* panels of k^T, v */
-                  + attention_floats(PM_MR * j.ld) + attention_floats(PM_MR * j.Kp); /* scores, y */
+                  + attention_floats(ATTENTION_ROWS * (j.ld + j.Kp));              /* scores, y */
     } else {
         j.bytes = 2 * (attention_floats(T * j.Kp) + attention_floats(2 * T)) * norm /* q, k, statistics */
                   + 2 * attention_floats(j.Tp * K) + attention_floats(T * j.Kp)     /* k^T, v^T, k */
                   + 2 * attention_floats(j.block * j.ld)                            /* p, ds */
                   + 2 * attention_floats(j.block * j.Kp)                            /* q, dy */
-                  + 2 * attention_floats(T * j.Kp) + attention_floats(PM_MR * j.Kp); /* dk, dv, dq */
+                  + 2 * attention_floats(T * j.Kp) + attention_floats(ATTENTION_ROWS * j.Kp); /* dk, dv, dq */
     }
     return j;
 }
@@ -340,28 +367,28 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
     attention_pack_transposed(T, K, k, ldk, j->scale, k_panels);
     attention_pack(K, T, v, 3 * ldy, v_panels);
 
-    float *s = pm_take(&scratch, (size_t)(PM_MR * j->ld) * sizeof(float));
-    float *o = pm_take(&scratch, (size_t)(PM_MR * Kp) * sizeof(float));
-    const int64_t slices = product_slices(end - first);
+    float *s = pm_take(&scratch, (size_t)(ATTENTION_ROWS * j->ld) * sizeof(float));
+    float *o = pm_take(&scratch, (size_t)(ATTENTION_ROWS * Kp) * sizeof(float));
+    const int64_t slices = pm_blocks(end - first, ATTENTION_ROWS);
     for (int64_t slice = 0; slice < slices; slice++) {
         const int64_t row = product_cut(end - first, slices, slice);
         const int64_t m = product_cut(end - first, slices, slice + 1) - row, t = first + row;
-        const float *a[PM_MR];
-        float inverse[PM_MR];
+        float inverse[ATTENTION_ROWS];
 
-        /* 3. s = q k^T / sqrt(K); exp(s - max); lse = max + log sum */
-        attention_pointers(m, q + row * ldq, ldq, a);
-        attention_product(m, a, K, k_panels, T, s, j->ld);
+        /* 3. s = q k^T / sqrt(K); exp(s - max) and its sum; lse = max + log sum */
+        attention_product(m, q + row * ldq, ldq, K, k_panels, T, s, j->ld);
         for (int64_t i = 0; i < m; i++) {
             float max, sum = attention_softmax(T, s + i * j->ld, &max);
             inverse[i] = 1.0f / sum;
             if (g->lse)
-                g->lse[head * T + t + i] = max + logf(sum);
+                g->lse[head * T + t + i] = max + logf(sum); /* >= max: backward's exponents are <= 0 */
         }
 
         /* 4. y = exp(s - max) v / sum */
-        attention_pointers(m, s, j->ld, a);
-        attention_product(m, a, T, v_panels, K, o, Kp);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t c = 0; c < K; c += 16)
+                __builtin_prefetch(g->y + (b * T + t + i) * ldy + h * K + c, 1);
+        attention_product(m, s, j->ld, T, v_panels, K, o, Kp);
         for (int64_t i = 0; i < m; i++) {
             float *y = g->y + (b * T + t + i) * ldy + h * K;
             for (int64_t c = 0; c < K; c += PM_WIDTH)
@@ -474,28 +501,24 @@ static void attention_backward_item(const attention_job *j, int64_t head, void *
     float *dy_panels = pm_take(&scratch, (size_t)(j->block * Kp) * sizeof(float));
     float *dk = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
     float *dv = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-    float *dq = pm_take(&scratch, (size_t)(PM_MR * Kp) * sizeof(float));
+    float *dq = pm_take(&scratch, (size_t)(ATTENTION_ROWS * Kp) * sizeof(float));
     memset(dk, 0, (size_t)(T * Kp) * sizeof(float));
     memset(dv, 0, (size_t)(T * Kp) * sizeof(float));
     for (int64_t first = 0; first < T; first += j->block) {
-        const int64_t rows = pm_min(j->block, T - first), slices = product_slices(rows);
+        const int64_t rows = pm_min(j->block, T - first), slices = pm_blocks(rows, ATTENTION_ROWS);
         for (int64_t slice = 0; slice < slices; slice++) {
             const int64_t row = product_cut(rows, slices, slice), t = first + row;
             const int64_t m = product_cut(rows, slices, slice + 1) - row;
             float *ps = p + row * j->ld, *dss = ds + row * j->ld;
-            const float *a[PM_MR];
 
             /* 3. p = exp(q k^T / sqrt(K) - lse), dp = dy v^T, ds = p * (dp - delta) */
-            attention_pointers(m, q + t * ldq, ldq, a);
-            attention_product(m, a, K, kt_panels, T, ps, j->ld);
-            attention_pointers(m, dy + t * ldy, ldy, a);
-            attention_product(m, a, K, vt_panels, T, dss, j->ld);
+            attention_product(m, q + t * ldq, ldq, K, kt_panels, T, ps, j->ld);
+            attention_product(m, dy + t * ldy, ldy, K, vt_panels, T, dss, j->ld);
             for (int64_t i = 0; i < m; i++)
                 attention_softmax_backward(T, ps + i * j->ld, dss + i * j->ld, lse[t + i]);
 
             /* 4. dq = ds k */
-            attention_pointers(m, dss, j->ld, a);
-            attention_product(m, a, T, k_panels, K, dq, Kp);
+            attention_product(m, dss, j->ld, T, k_panels, K, dq, Kp);
             if (dq_out || slot)
                 attention_finish(j, m, dq, q_in, dq_out, &j->q_norm, slot, q_stats, t);
         }

@@ -139,7 +139,37 @@ static inline __attribute__((always_inline)) void v_transpose(vf row[PM_WIDTH])
 }
 #undef V_LOW
 
-/* Lanes are added pairwise, in a fixed order. */
+/* Lanes are folded in halves: lane i with lane i + n, n = PM_WIDTH / 2, ..., 1; the same order and so
+ * the same bits in every form below. */
+#if defined(__AVX2__) && PM_WIDTH >= 8
+#define V_FOLD(name, fold128)                                                             \
+    static inline float name##_256(__m256 x)                                                       \
+    {                                                                                              \
+        __m128 h = fold128(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                \
+        h = fold128(h, _mm_movehl_ps(h, h));                                                       \
+        return _mm_cvtss_f32(fold128(h, _mm_shuffle_ps(h, h, 1)));                                 \
+    }
+V_FOLD(v_sum, _mm_add_ps)
+V_FOLD(v_max_lane, _mm_max_ps)
+#undef V_FOLD
+#if PM_WIDTH == 16
+static inline __m256 v_high(vf x)
+{
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1));
+}
+static inline float v_sum(vf x)
+{
+    return v_sum_256(_mm256_add_ps(_mm512_castps512_ps256((__m512)x), v_high(x)));
+}
+static inline float v_max_lane(vf x)
+{
+    return v_max_lane_256(_mm256_max_ps(_mm512_castps512_ps256((__m512)x), v_high(x)));
+}
+#else
+static inline float v_sum(vf x) { return v_sum_256((__m256)x); }
+static inline float v_max_lane(vf x) { return v_max_lane_256((__m256)x); }
+#endif
+#else
 static inline float v_sum(vf x)
 {
     float t[PM_WIDTH];
@@ -158,6 +188,7 @@ static inline float v_max_lane(vf x)
             t[i] = t[i] > t[i + n] ? t[i] : t[i + n];
     return t[0];
 }
+#endif
 
 /* exp with relative error about 1e-7; clamped to [-87.3, 88.7], so never denormal nor infinite; NaN
  * stays NaN. Cody-Waite reduction, then a polynomial on [-ln2/2, ln2/2]. */
