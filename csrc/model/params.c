@@ -241,49 +241,46 @@ void pm_layout_free(const pm_config *cfg, pm_layout *layout)
 
 /* ---------------------------------------------------------------- initial values */
 
-/* Fixed positions (methods of DiT): the width is split evenly over the axes, the last axis (the column)
- * first; each part is [sin | cos] of position * 10000^(-i / half), evaluated in double. */
-static void init_positions(const pm_config *c, float *out)
+/* Fixed positions, elements first .. first + n - 1: the width is split evenly over the axes, the last
+ * axis (the column) first; each part is [sin | cos] of position * 10000^(-i / half), in double. */
+static void init_positions(const pm_config *c, int64_t first, int64_t n, float *out)
 {
     const int64_t part = c->hidden / c->axes, half = part / 2;
     int64_t grid[3];
     for (int i = 0; i < 3; i++)
         grid[i] = c->size[i] / c->patch[i];
-    for (int64_t token = 0; token < pm_tokens(c); token++) {
+    for (int64_t e = first; e < first + n; e++) {
+        const int64_t token = e / c->hidden, axis = e % c->hidden / part, i = e % c->hidden % part;
         const int64_t at[3] = {token / (grid[1] * grid[2]), token / grid[2] % grid[1], token % grid[2]};
-        for (int64_t a = 0; a < c->axes; a++)
-            for (int64_t i = 0; i < half; i++) {
-                const double angle = (double)at[2 - a] * pow(10000.0, -(double)i / (double)half);
-                float *to = out + token * c->hidden + a * part + i;
-                to[0] = (float)sin(angle);
-                to[half] = (float)cos(angle);
-            }
+        const double angle = (double)at[2 - axis] * pow(10000.0, -(double)(i % half) / (double)half);
+        out[e - first] = (float)(i < half ? sin(angle) : cos(angle));
     }
 }
 
-void pm_param_init(const pm_config *cfg, const pm_param *p, int64_t seed, float *out)
+void pm_param_init(const pm_config *cfg, const pm_param *p, int64_t seed, int64_t first, int64_t n,
+                   float *out)
 {
     switch (p->init) {
     case PM_INIT_ZERO:
     case PM_INIT_ONE:
-        for (int64_t i = 0; i < p->count; i++)
+        for (int64_t i = 0; i < n; i++)
             out[i] = p->init == PM_INIT_ONE;
         return;
     case PM_INIT_XAVIER: {
         const double fan = (double)p->shape[0] + (double)(p->count / p->shape[0]);
         const float bound = (float)sqrt(6.0 / fan);
-        pm_uniform(seed, PM_STREAM_INIT, p->index, p->count, out);
-        for (int64_t i = 0; i < p->count; i++)
+        pm_draws(seed, PM_STREAM_INIT, p->index, first, n, out, 0);
+        for (int64_t i = 0; i < n; i++)
             out[i] = (2 * out[i] - 1) * bound;
         return;
     }
     case PM_INIT_NORMAL:
-        pm_normal(seed, PM_STREAM_INIT, p->index, p->count, out);
-        for (int64_t i = 0; i < p->count; i++)
+        pm_draws(seed, PM_STREAM_INIT, p->index, first, n, out, 1);
+        for (int64_t i = 0; i < n; i++)
             out[i] *= 0.02f;
         return;
     case PM_INIT_SINCOS:
-        init_positions(cfg, out);
+        init_positions(cfg, first, n, out);
         return;
     }
 }

@@ -83,7 +83,9 @@ void pm_layout_free(const pm_config *cfg, pm_layout *layout);
 typedef struct pm_walk pm_walk;
 int64_t pm_walk_tensor(pm_walk *walk, const char *name, pm_init init, int ndim, const int64_t *shape);
 
-/* The initial value of a tensor: a function of (seed, its place in the walk), into count floats. */
-void pm_param_init(const pm_config *cfg, const pm_param *param, int64_t seed, float *out);
+/* Elements first .. first + n - 1 of the initial value of a tensor, which is a function of seed and of its place
+ * in the walk; first is a multiple of 4. */
+void pm_param_init(const pm_config *cfg, const pm_param *param, int64_t seed, int64_t first, int64_t n,
+                   float *out);
 
 #endif

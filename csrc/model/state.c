@@ -210,30 +210,46 @@ pm_run pm_model_run(pm_ctx *ctx, pm_model *m)
 
 /* ---------------------------------------------------------------- making and freeing */
 
+enum { INIT_TASK = 1 << 15, INIT_PIECE = 1 << 21 }; /* elements of a task, and between two writes */
+
 typedef struct {
     pm_ctx *ctx;
     pm_model *model;
-    int64_t largest;
-    float *staging; /* NULL: only find the largest tensor */
+    const pm_param *param;
+    int64_t first, n;
+    float *staging; /* INIT_PIECE floats */
 } init_job;
+
+static void init_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const init_job *job = arg;
+    const int64_t at = task * INIT_TASK, left = job->n - at;
+    pm_param_init(&job->model->cfg, job->param, job->model->seed, job->first + at,
+                  left < INIT_TASK ? left : INIT_TASK, job->staging + at);
+}
 
 static pm_status init_tensor(void *arg, const pm_param *param)
 {
     init_job *job = arg;
-    job->largest = param->count > job->largest ? param->count : job->largest;
-    if (!job->staging)
-        return PM_OK;
-    pm_param_init(&job->model->cfg, param, job->model->seed, job->staging);
-    float *const to = job->model->slab[PM_SLAB_PARAM] + param->at;
-    PM_WRITE(job->ctx, to, job->staging, param->count);
+    pm_ctx *ctx = job->ctx;
+    job->param = param;
+    for (job->first = 0; job->first < param->count; job->first += INIT_PIECE) {
+        const int64_t left = param->count - job->first;
+        job->n = left < INIT_PIECE ? left : INIT_PIECE;
+        if (ctx->poll && ctx->poll(ctx->poll_arg))
+            return pm_fail(ctx, PM_EINTR, "interrupted");
+        pm_parallel(ctx->pool, (job->n + INIT_TASK - 1) / INIT_TASK, init_task, job);
+        float *const to = job->model->slab[PM_SLAB_PARAM] + param->at + job->first;
+        PM_WRITE(ctx, to, job->staging, job->n);
+    }
     return PM_OK;
 }
 
 static pm_status init_weights(pm_ctx *ctx, pm_model *m)
 {
     init_job job = {.ctx = ctx, .model = m};
-    PM_TRY(pm_visit_params(ctx, &m->cfg, init_tensor, &job));
-    const size_t bytes = (size_t)job.largest * sizeof(float);
+    const size_t bytes = (size_t)INIT_PIECE * sizeof(float);
     job.staging = pm_os_alloc(bytes);
     if (!job.staging)
         return pm_fail(ctx, PM_ENOMEM, "no memory for the initial weights");
