@@ -350,15 +350,30 @@ PyDoc_STRVAR(index_doc,
              "index($self, /)\n--\n\n"
              "Every official tensor: (name, shape, first element in a slab, elements, trained).");
 
+static PyObject *list_params(pm_ctx *ctx, const pm_config *config)
+{
+    PyObject *list = PyList_New(0);
+    if (list && pm_visit_params(ctx, config, list_param, list) != PM_OK)
+        Py_CLEAR(list);
+    return list;
+}
+
 static PyObject *model_index(Model *self, PyObject *Py_UNUSED(none))
 {
     if (check_idle(self) < 0)
         return NULL;
     pm_ctx ctx = {.backend = self->backend};
-    PyObject *list = PyList_New(0);
-    if (list && pm_visit_params(&ctx, pm_model_config(model_of(self)), list_param, list) != PM_OK)
-        Py_CLEAR(list);
-    return list;
+    return list_params(&ctx, pm_model_config(model_of(self)));
+}
+
+static PyObject *config_index(PyObject *module, PyObject *dict)
+{
+    pm_config config;
+    pm_ctx ctx = {.backend = core_get_state(module)->backend};
+    if (read_config(dict, &config) < 0)
+        return NULL;
+    const pm_status status = pm_config_check(&ctx, &config);
+    return status == PM_OK ? list_params(&ctx, &config) : core_raise(&ctx, status);
 }
 
 static PyObject *get_step(Model *self, void *Py_UNUSED(closure))
@@ -802,6 +817,7 @@ static PyType_Spec type_spec = {
 };
 
 static PyMethodDef functions[] = {
+    {"_index", config_index, METH_O, "_index($module, config, /)\n--\n\n_Model.index without a model."},
     {"_memory_estimate", (PyCFunction)(void (*)(void))memory_estimate, METH_FASTCALL, memory_doc},
     {NULL, NULL, 0, NULL},
 };
