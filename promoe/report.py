@@ -1,15 +1,14 @@
-"""What came out of a run: pictures and figures of merit.
+"""Pictures of a run: samples, losses, what the router did.
 
-Every plot function returns a matplotlib figure and needs the extra `viz`; `digit_classifier` needs
-scikit-learn (extra `demo`). The figures of merit are NumPy in float64.
+Every plot function returns a matplotlib figure and needs the extra `viz`. Figures of merit are in
+evaluate.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["classify", "digit_classifier", "frechet_distance", "loss_curve", "nearest_distances",
-           "routing_map", "sample_grid", "save_png"]
+__all__ = ["loss_curve", "routing_map", "sample_grid", "save_png"]
 
 
 def _figure(**options):
@@ -19,98 +18,6 @@ def _figure(**options):
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'promoe[viz]'") from error
     return Figure(layout="constrained", **options)
-
-
-# ---------------------------------------------------------------- figures of merit
-
-
-def frechet_distance(a, b):
-    """Frechet distance between Gaussians fitted to two sets of features.
-
-        |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)
-
-    Parameters
-    ----------
-    a, b : array (n, d), (m, d)
-        Features; more than two axes are flattened. At least two of each.
-
-    Returns
-    -------
-    float
-    """
-    a, b = _features("a", a, 2), _features("b", b, 2)
-    _same_width(a, b)
-    root = _root(np.cov(a, rowvar=False).reshape(a.shape[1], -1))
-    cov_b = np.cov(b, rowvar=False).reshape(b.shape[1], -1)
-    shared = np.linalg.eigvalsh(root @ cov_b @ root)
-    cross = np.sqrt(np.clip(shared, 0, None)).sum()
-    between = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(max(0.0, between + np.square(root).sum() + np.trace(cov_b) - 2 * cross))
-
-
-def _root(covariance):
-    """The symmetric square root of a covariance matrix."""
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-def nearest_distances(a, b):
-    """Euclidean distance of each row of `a` to its nearest row of `b`: float64 (n,).
-
-    Samples much nearer to the training data than held-out data are were memorised.
-    """
-    a, b = _features("a", a, 1), _features("b", b, 1)
-    _same_width(a, b)
-    squares = np.square(b).sum(1)
-    nearest = np.empty(len(a), np.int64)
-    for i in range(0, len(a), 1024):
-        nearest[i:i + 1024] = np.argmin(squares - 2 * a[i:i + 1024] @ b.T, axis=1)
-    return np.sqrt(np.square(a - b[nearest]).sum(1))
-
-
-def _features(name, values, least):
-    values = np.asarray(values, np.float64)
-    if values.ndim < 2 or len(values) < least:
-        raise ValueError(f"{name}: at least {least} rows of features are needed, not an array of "
-                         f"shape {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: there are values that are not finite")
-    return values.reshape(len(values), -1)
-
-
-def _same_width(a, b):
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a has {a.shape[1]} features and b {b.shape[1]}")
-
-
-def digit_classifier():
-    """A classifier of the embedded digits that knows nothing of diffusion.
-
-    A support vector machine fitted to the training digits only.
-
-    Returns
-    -------
-    classifier : scikit-learn estimator
-        For `classify`.
-    accuracy : float
-        On the held-out digits.
-    """
-    from promoe.data import load_digits
-
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ImportError("the classifier needs scikit-learn: pip install 'promoe[demo]'") from error
-    x, y = load_digits("train")
-    classifier = SVC(C=10.0, gamma=0.064).fit(x.reshape(len(x), -1), y)
-    x, y = load_digits("heldout")
-    return classifier, float((classify(classifier, x) == y).mean())
-
-
-def classify(classifier, x):
-    """The class of each sample, int64 (n,); samples are brought into [-1, 1] first."""
-    x = np.clip(np.asarray(x, np.float64), -1, 1)
-    return classifier.predict(x.reshape(len(x), -1)).astype(np.int64)
 
 
 # ---------------------------------------------------------------- pictures
