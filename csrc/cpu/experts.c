@@ -190,18 +190,6 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
 
 /* ---------------------------------------------------------------- tiles */
 
-static inline vf experts_load(const float *p, int64_t n) /* the first n of a vector, or all of it */
-{
-    return n >= PM_WIDTH ? v_load(p) : v_load_n(p, n);
-}
-static inline void experts_store(float *p, vf x, int64_t n)
-{
-    if (n >= PM_WIDTH)
-        v_store(p, x);
-    else
-        v_store_n(p, x, n);
-}
-
 /* out (=, or += when add) weight * (tile + bias): the end of a product that goes to rows of D. */
 typedef struct {
     float *out; /* (rows, D) */
@@ -215,15 +203,15 @@ static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0
 {
     const experts_out *t = arg;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        vf bias = t->bias ? experts_load(t->bias + col0 + j, n - j) : v_zero();
+        vf bias = t->bias ? v_get(t->bias + col0 + j, n - j) : v_zero();
         for (int i = 0; i < m; i++) {
             float *out = t->out + (row0 + i) * t->ld + col0 + j;
             vf y = v_load(tile + i * PM_NR + j) + bias;
             if (t->weight)
                 y = y * v_set(t->weight[row0 + i]);
             if (t->add)
-                y = y + experts_load(out, n - j);
-            experts_store(out, y, n - j);
+                y = y + v_get(out, n - j);
+            v_put(out, y, n - j);
         }
     }
 }
@@ -239,11 +227,11 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
 {
     const experts_up *t = arg;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        vf bias = experts_load(t->bias + col0 + j, n - j);
+        vf bias = v_get(t->bias + col0 + j, n - j);
         for (int i = 0; i < m; i++) {
             vf x = v_load(tile + i * PM_NR + j) + bias;
             if (t->pre)
-                experts_store(t->pre + (row0 + i) * t->ld_pre + col0 + j, x, n - j);
+                v_put(t->pre + (row0 + i) * t->ld_pre + col0 + j, x, n - j);
             v_store(t->h + (row0 + i) * t->ld + col0 + j, v_gelu(x));
         }
     }
@@ -263,7 +251,7 @@ static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t c
     for (int i = 0; i < m; i++) {
         vf weight = v_set(t->weight ? t->weight[row0 + i] : 1.0f), dot = t->dot[row0 + i];
         for (int64_t j = 0; j < n; j += PM_WIDTH) {
-            vf x = experts_load(t->pre + (row0 + i) * t->ld_pre + col0 + j, n - j);
+            vf x = v_get(t->pre + (row0 + i) * t->ld_pre + col0 + j, n - j);
             vf dh = v_load(tile + i * PM_NR + j), h = v_gelu(x);
             dot = v_fma(dh, h, dot);
             int64_t at = (row0 + i) * t->ld + col0 + j;
@@ -290,7 +278,7 @@ static void experts_gather(const experts_job *job, int64_t n0, int64_t n1)
         while (++k < end) {
             const float *row = job->rows + g->tok_row[k] * D;
             for (int64_t j = 0; j < D; j += PM_WIDTH)
-                experts_store(out + j, experts_load(out + j, D - j) + experts_load(row + j, D - j), D - j);
+                v_put(out + j, v_get(out + j, D - j) + v_get(row + j, D - j), D - j);
         }
     }
 }
@@ -390,9 +378,9 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
         float *weighted = job->dy + (r0 + i) * D;
         vf weight = v_set(g->row_weight[r0 + i]), dot = v_zero();
         for (int64_t j = 0; j < D; j += PM_WIDTH) {
-            vf G = experts_load(dy[i] + j, D - j);
-            dot = v_fma(G, experts_load(e->down_bias + j, D - j), dot);
-            experts_store(weighted + j, weight * G, D - j);
+            vf G = v_get(dy[i] + j, D - j);
+            dot = v_fma(G, v_get(e->down_bias + j, D - j), dot);
+            v_put(weighted + j, weight * G, D - j);
         }
         from_bias[i] = v_sum(dot);
     }
@@ -425,17 +413,6 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 
 static inline int64_t experts_slices(int64_t rows) { return pm_blocks(rows, EXPERTS_SLICE); }
 
-/* sum[j] += sum over r < rows of from[r*ld + j], j < n, rows in order. */
-static void experts_column_sums(int64_t rows, const float *from, int64_t ld, int64_t n, float *sum)
-{
-    float total[EXPERTS_SLICE] = {0};
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < n; j++)
-            total[j] += from[r * ld + j];
-    for (int64_t j = 0; j < n; j++)
-        sum[j] += total[j];
-}
-
 /* A slice of rows of dup, or of ddown, of one group, and the same part of the bias. The shared groups,
  * which have the most rows, go first: then the last tasks to finish are short ones. */
 static void experts_backward_weights(const experts_job *job, int64_t item, int worker)
@@ -454,7 +431,7 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
             product_wgrad(e->rows, e->dpre, e->ld, g->x, D, tokens, f0, f1, D, d->dup + e->first * D, D,
                           scratch);
         if (d->dup_bias)
-            experts_column_sums(e->rows, e->dpre + f0, e->ld, f1 - f0, d->dup_bias + e->first + f0);
+            product_bias_grad(e->rows, e->dpre, e->ld, f0, f1, d->dup_bias + e->first);
     } else {
         item -= up_slices;
         int64_t d0 = product_cut(D, down_slices, item), d1 = product_cut(D, down_slices, item + 1);
@@ -462,8 +439,7 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
         if (d->ddown)
             product_wgrad(e->rows, dy, D, e->h, e->ld, NULL, d0, d1, F, d->ddown + e->first * D, F, scratch);
         if (d->ddown_bias)
-            experts_column_sums(e->rows, dy + d0, D, d1 - d0,
-                                d->ddown_bias + (e - job->group) * D + d0);
+            product_bias_grad(e->rows, dy, D, d0, d1, d->ddown_bias + (e - job->group) * D);
     }
 }
 
