@@ -7,9 +7,11 @@
  * the place of y. So every element has one owner, and the order of a sum is that of the plan. */
 
 enum {
-    EXPERTS_SLICE = 192,      /* rows of a weight gradient that one task owns, at most */
-    EXPERTS_MIN_ITEMS = 16,   /* blocks get smaller when there would be fewer */
-    EXPERTS_TASK_WORK = 1000000, /* fused multiply-adds that are worth a task */
+    EXPERTS_MIN_ITEMS = 16,       /* blocks get smaller when there would be fewer */
+    EXPERTS_TASK_WORK = 1000000,  /* fused multiply-adds that are worth a task */
+    EXPERTS_SLICE_WORK = 60 << 20, /* ... and that are enough for a slice of a weight gradient, */
+    EXPERTS_SLICE_LEAST = 192,    /* which has at least so many rows: each slice reads the other operand */
+    EXPERTS_SLICE = 384,          /* and at most so many */
 };
 
 /* One group of this call: what it has, and where. */
@@ -30,7 +32,7 @@ struct experts_job {
     const pm_experts_args *g;
     const pm_experts_grads *d;
     experts_group *group; /* G plan groups, S shared ones */
-    int64_t block;        /* rows of a block, at most */
+    int64_t block;        /* slices of a block, at most */
     float *rows;          /* (R, D): what a plan row adds to y, or to dx */
     float *dy;            /* (R, D): row_weight * dy, in plan order */
     float *out;           /* (N, D): y, or dx; NULL when dx is not wanted */
@@ -103,20 +105,28 @@ static const experts_group *experts_find(const experts_group *e, int64_t *item)
     return e;
 }
 
-/* Rows of a block: what fits into L2 (half of 1 MiB is for the panels), less when that gives too few
- * blocks, but never thin tiles. */
+/* Blocks are of whole slices of tiles (product.h), near-equal ones: no tile is a thin remainder. */
+static inline int64_t experts_blocks(int64_t rows, int64_t block)
+{
+    return pm_blocks(product_slices(rows), block);
+}
+/* The first row of block i of so many. */
+static inline int64_t experts_cut(int64_t rows, int64_t blocks, int64_t i)
+{
+    int64_t slices = product_slices(rows);
+    return product_cut(rows, slices, product_cut(slices, blocks, i));
+}
+
+/* Slices of a block: PM_ROWS rows, less when that gives too few blocks. */
 static void experts_choose_block(experts_job *job)
 {
     const pm_experts_args *g = job->g;
-    int64_t floats = g->D + pm_max(g->W, g->Z);
-    job->block = pm_max(3 * PM_MR, pm_min(PM_ROWS, (int64_t)(768 << 10) / (4 * pm_max(floats, 1))));
-    job->block -= job->block % PM_MR;
-    for (; job->block > 2 * PM_MR; job->block -= PM_MR) {
-        int64_t items = g->S ? pm_blocks(g->N, job->block) : EXPERTS_MIN_ITEMS;
-        int64_t routed = g->G ? 0 : EXPERTS_MIN_ITEMS;
+    for (job->block = PM_ROWS / PM_MR; job->block > 2; job->block--) {
+        int64_t routed = 0;
         for (int64_t i = 0; i < g->G; i++)
-            routed += pm_blocks(job->group[i].rows, job->block);
-        if (pm_min(items, routed) >= EXPERTS_MIN_ITEMS)
+            routed += experts_blocks(job->group[i].rows, job->block);
+        if ((!g->G || routed >= EXPERTS_MIN_ITEMS) &&
+            (!g->S || experts_blocks(g->N, job->block) >= EXPERTS_MIN_ITEMS))
             break;
     }
 }
@@ -129,7 +139,7 @@ static int64_t experts_plan_blocks(experts_job *job, double *work)
     for (int64_t i = 0; i < job->g->G; i++) {
         experts_group *e = job->group + i;
         e->item0 = items;
-        e->items = pm_blocks(e->rows, job->block);
+        e->items = experts_blocks(e->rows, job->block);
         items += e->items;
         *work += (double)e->rows * (double)e->F * (double)job->g->D;
     }
@@ -302,7 +312,7 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = product_cut(e->rows, e->items, item), m = product_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(e->rows, e->items, item), m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0;
     const float *x[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
@@ -314,7 +324,7 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 static void experts_forward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = product_cut(g->N, job->items, item), m = product_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(g->N, job->items, item), m = experts_cut(g->N, job->items, item + 1) - n0;
     experts_gather(job, n0, n0 + m);
     const float *x[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
@@ -334,7 +344,7 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
     double work;
     int64_t blocks = experts_plan_blocks(&job, &work);
     experts_run(ctx, &job, blocks, 2 * work, experts_forward_plan);
-    experts_run(ctx, &job, pm_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
                 experts_forward_tokens);
     return PM_OK;
 }
@@ -369,7 +379,7 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
     (void)worker;
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = product_cut(e->rows, e->items, item), m = product_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(e->rows, e->items, item), m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
     const float *dy[PM_ROWS];
     float from_bias[PM_ROWS]; /* <dy, down_bias> */
@@ -396,7 +406,7 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 {
     (void)worker;
     const pm_experts_args *g = job->g;
-    int64_t n0 = product_cut(g->N, job->items, item), m = product_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(g->N, job->items, item), m = experts_cut(g->N, job->items, item + 1) - n0;
     const float *dy[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         dy[i] = job->d->dy + (n0 + i) * g->D;
@@ -411,7 +421,12 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 
 /* ---------------------------------------------------------------- backward: weights */
 
-static inline int64_t experts_slices(int64_t rows) { return pm_blocks(rows, EXPERTS_SLICE); }
+/* How many slices the n rows of a weight gradient are cut into, with columns of m, for a group. */
+static int64_t experts_slices(const experts_group *e, int64_t n, int64_t m)
+{
+    int64_t most = EXPERTS_SLICE_WORK / pm_max(1, e->rows * m);
+    return pm_blocks(n, pm_max(EXPERTS_SLICE_LEAST, pm_min(EXPERTS_SLICE, most)));
+}
 
 /* A slice of rows of dup, or of ddown, of one group, and the same part of the bias. The shared groups,
  * which have the most rows, go first: then the last tasks to finish are short ones. */
@@ -421,7 +436,8 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
     const pm_experts_grads *d = job->d;
     item = job->items - 1 - item;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t D = g->D, F = e->F, up_slices = experts_slices(F), down_slices = experts_slices(D);
+    int64_t D = g->D, F = e->F;
+    int64_t up_slices = experts_slices(e, F, D), down_slices = experts_slices(e, D, F);
     bool shared = e - job->group >= g->G;
     void *scratch = job->worker + (size_t)worker * job->worker_bytes;
     if (item < up_slices) {
@@ -469,7 +485,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     int64_t used = g->G ? g->row_off[g->G] : 0;
     if (d->drow_weight && g->R > used)
         memset(d->drow_weight + used, 0, (size_t)(g->R - used) * 4);
-    experts_run(ctx, &job, pm_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
                 experts_backward_tokens);
 
     if (!d->dup && !d->dup_bias && !d->ddown && !d->ddown_bias)
@@ -478,7 +494,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     for (int64_t i = 0; i < g->G + g->S; i++) {
         experts_group *e = job.group + i;
         e->item0 = items;
-        e->items = e->rows ? experts_slices(e->F) + experts_slices(g->D) : 0;
+        e->items = e->rows ? experts_slices(e, e->F, g->D) + experts_slices(e, g->D, e->F) : 0;
         items += e->items;
     }
     experts_run(ctx, &job, items, 2 * work + 2 * experts_shared_work(&job), experts_backward_weights);

@@ -47,7 +47,7 @@ def test_oracle_by_finite_differences(case):
     check_finite_differences("experts", case, names + ["row_weight"] * ("dense" not in case))
 
 
-@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "skewed", "slices", "dense"])
+@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "skewed", "slices", "dense", "blocks", "wide"])
 def test_same_bits_for_any_thread_count(case):
     inputs, results = make("experts", case), []
     before = promoe.get_num_threads()

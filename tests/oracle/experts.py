@@ -153,6 +153,8 @@ CASES = {
     "no_token": case(0, 8, (16,) * 3, (16,)),
     "one_of_all": case(1, 1, (1,), (1,)),
     "slices": case(25, 200, (400, 17), (210,)),
+    "wide": case(6, 400, (20, 5), (7,)),
+    "blocks": case(500, 40, (80,) * 4, (60,), A=2),
     "many_blocks": case(700, 5, (6, 7), (8,), choose=skewed),
 }
 CASES |= {f"D{D}": case(13, D, (2 * D, D + 3), (D,), A=1 + D % 2) for D in range(1, 34)}
