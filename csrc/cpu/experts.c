@@ -1,28 +1,29 @@
 /* experts: contract in ops/experts.h.
  *
- * Work is cut by rows: a block is at most PM_ROWS rows of one group, and takes them through the whole
- * expert while they are in L2. The plan groups come first and leave one row of D per plan row in
- * scratch; then the block of tokens that owns rows n0..n1 of y gathers what its tokens have there, in
- * the order of tok_row, and adds the shared groups on top. Backward walks the same two steps with dx in
- * the place of y. So every element has one owner, and the order of a sum is that of the plan. */
+ * Work is cut by rows: a block is at most PM_ROWS rows of one group, which go through the whole
+ * expert while they are in L2. The plan groups come first and leave a row of D per plan row in
+ * scratch; then the block of tokens that owns rows n0..n1 of y gathers what its tokens have there,
+ * in the order of tok_row, and adds the shared groups on top. Backward walks the same two steps
+ * with dx in the place of y, and keeps dpre and h for the third: the weights, cut by rows of dW.
+ * So every element has one owner, and the order of a sum is that of the plan. */
 
 enum {
-    EXPERTS_MIN_ITEMS = 16,       /* blocks get smaller when there would be fewer */
-    EXPERTS_TASK_WORK = 1000000,  /* fused multiply-adds that are worth a task */
-    EXPERTS_SLICE_WORK = 60 << 20, /* ... and that are enough for a slice of a weight gradient, */
-    EXPERTS_SLICE_LEAST = 192,    /* which has at least so many rows: each slice reads the other operand */
-    EXPERTS_SLICE = 384,          /* and at most so many */
+    EXPERTS_MIN_ITEMS = 16,        /* blocks get smaller when there would be fewer */
+    EXPERTS_TASK_WORK = 1000000,   /* multiply-adds that are worth a task */
+    EXPERTS_SLICE_WORK = 60 << 20, /* multiply-adds of a slice of a weight gradient, which has */
+    EXPERTS_SLICE_LEAST = 192,     /* at least so many rows: each slice reads all of x, or of h, */
+    EXPERTS_SLICE = 384,           /* and at most so many: they are packed in scratch */
 };
 
 /* One group of this call: what it has, and where. */
 typedef struct {
-    int64_t F;                          /* width */
-    int64_t first;                      /* its first row in up, up_bias */
-    int64_t rows, row0;                 /* plan groups: rows row0 .. row0+rows-1; shared: N rows from 0 */
-    int64_t item0, items;               /* its share of the items of the phase */
-    const float *up, *down;             /* panels (forward: y = x W^T; backward: dx = dy W) */
-    const float *up_bias, *down_bias;   /* (F), (D) */
-    float *pre, *dpre, *h;              /* (rows, F) at distance ld_pre, ld, ld; pre may be NULL */
+    int64_t F;              /* width */
+    int64_t first;          /* its first row in up, up_bias */
+    int64_t rows, row0;     /* of the plan: row0 .. row0+rows-1; shared: N tokens from 0 */
+    int64_t item0, items;   /* its share of the items of the phase */
+    const float *up, *down; /* panels (forward: y = x W^T; backward: dx = dy W) */
+    const float *up_bias, *down_bias; /* (F), (D) */
+    float *pre, *dpre, *h;            /* (rows, F) at distance ld_pre, ld, ld; pre may be NULL */
     int64_t ld_pre, ld;
 } experts_group;
 
@@ -44,8 +45,8 @@ struct experts_job {
 
 /* ---------------------------------------------------------------- sizes */
 
-/* Distance between rows of hidden floats: whole vectors can be stored to the end of the last panel, and
- * rows of a power of two don't fall into the same sets of the cache. */
+/* Distance between rows of hidden floats: whole vectors can be stored to the end of the last panel,
+ * and rows of a power of two don't fall into the same sets of the cache. */
 static inline int64_t experts_ld(int64_t width) { return product_panels(width) * PM_NR + 16; }
 
 /* Bound on the panels of all groups of one matrix: by columns of the groups' width, or of D. */
@@ -85,7 +86,8 @@ static void experts_task(void *arg, int64_t task, int worker)
 }
 
 /* Runs the items; work (multiply-adds of all of them) decides how many make a task. */
-static void experts_run(pm_ctx *ctx, experts_job *job, int64_t items, double work, experts_item item)
+static void experts_run(pm_ctx *ctx, experts_job *job, int64_t items, double work,
+                        experts_item item)
 {
     if (!items)
         return;
@@ -131,7 +133,8 @@ static void experts_choose_block(experts_job *job)
     }
 }
 
-/* Makes the blocks of the plan groups the items; returns how many. *work is what one product costs. */
+/* Makes the blocks of the plan groups the items; returns how many. *work: multiply-adds of one
+ * product over all of them. */
 static int64_t experts_plan_blocks(experts_job *job, double *work)
 {
     int64_t items = 0;
@@ -156,7 +159,7 @@ static double experts_shared_work(const experts_job *job)
 
 /* ---------------------------------------------------------------- groups */
 
-/* Fills the groups, and the pieces of scratch that both directions have; packs what isn't derived. */
+/* Fills the groups and the pieces of scratch of both directions; packs what isn't derived. */
 static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **scratch)
 {
     const pm_experts_args *g = job->g;
@@ -169,7 +172,9 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
         experts_group *e = job->group + i;
         const bool shared = i >= g->G;
         const int64_t F = g->foff[i + 1] - g->foff[i], D = g->D;
-        *e = (experts_group){.F = F, .first = g->foff[i], .up_bias = g->up_bias + g->foff[i],
+        *e = (experts_group){.F = F,
+                             .first = g->foff[i],
+                             .up_bias = g->up_bias + g->foff[i],
                              .down_bias = g->down_bias + i * D};
         e->row0 = shared ? 0 : g->row_off[i];
         e->rows = shared ? g->N : g->row_off[i + 1] - g->row_off[i];
@@ -187,11 +192,13 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
         if (up_derived)
             up_derived += product_derived_bytes(F, D);
         else
-            up_scratch += pm_round64((size_t)(backward ? product_packed(D, F) : product_packed(F, D)) * 4);
+            up_scratch +=
+                pm_round64((size_t)(backward ? product_packed(D, F) : product_packed(F, D)) * 4);
         if (down_derived)
             down_derived += product_derived_bytes(D, F);
         else
-            down_scratch += pm_round64((size_t)(backward ? product_packed(F, D) : product_packed(D, F)) * 4);
+            down_scratch +=
+                pm_round64((size_t)(backward ? product_packed(F, D) : product_packed(D, F)) * 4);
     }
     job->rows = pm_take(scratch, (size_t)(plan_rows * g->D) * 4);
     job->worker_bytes = experts_worker_bytes(g, backward);
@@ -209,7 +216,8 @@ typedef struct {
     bool add;
 } experts_out;
 
-static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                    float *tile)
 {
     const experts_out *t = arg;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
@@ -233,7 +241,8 @@ typedef struct {
     int64_t ld_pre, ld;
 } experts_up;
 
-static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                   float *tile)
 {
     const experts_up *t = arg;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
@@ -255,7 +264,8 @@ typedef struct {
     vf dot[PM_ROWS]; /* lanes of <dh, h> of each row */
 } experts_hidden;
 
-static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                       float *tile)
 {
     experts_hidden *t = arg;
     for (int i = 0; i < m; i++) {
@@ -305,14 +315,16 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
     const float *rows[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         rows[i] = h + i * up.ld;
-    product_block(m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D), experts_out_tile, out);
+    product_block(m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D), experts_out_tile,
+                  out);
 }
 
 static void experts_forward_plan(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item), m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(e->rows, e->items, item),
+            m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0;
     const float *x[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
@@ -324,7 +336,8 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 static void experts_forward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item), m = experts_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(g->N, job->items, item),
+            m = experts_cut(g->N, job->items, item + 1) - n0;
     experts_gather(job, n0, n0 + m);
     const float *x[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
@@ -351,11 +364,11 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
 
 /* ---------------------------------------------------------------- backward: dpre, h, dx */
 
-/* m rows back through one expert, from row i0 of its rows: dy[i] points to D floats. hidden->dot becomes
- * <dh, h>; dx goes to out, when it is wanted. */
-static void experts_backward_rows(const experts_job *job, const experts_group *e, int64_t i0, int64_t m,
-                                  const float *const *dy, const float *weight, experts_hidden *hidden,
-                                  experts_out *out)
+/* m rows back through one expert, from row i0 of its rows: dy[i] points to D floats. hidden->dot
+ * becomes <dh, h>; dx goes to out, when it is wanted. */
+static void experts_backward_rows(const experts_job *job, const experts_group *e, int64_t i0,
+                                  int64_t m, const float *const *dy, const float *weight,
+                                  experts_hidden *hidden, experts_out *out)
 {
     hidden->pre = e->pre + i0 * e->ld_pre;
     hidden->weight = weight;
@@ -365,13 +378,15 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
     hidden->ld = e->ld;
     for (int64_t i = 0; i < m; i++)
         hidden->dot[i] = v_zero();
-    product_block(m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F), experts_hidden_tile, hidden);
+    product_block(m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F), experts_hidden_tile,
+                  hidden);
     if (!job->out)
         return;
     const float *dpre[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         dpre[i] = hidden->dpre + i * e->ld;
-    product_block(m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D), experts_out_tile, out);
+    product_block(m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D), experts_out_tile,
+                  out);
 }
 
 static void experts_backward_plan(const experts_job *job, int64_t item, int worker)
@@ -379,7 +394,8 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
     (void)worker;
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item), m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(e->rows, e->items, item),
+            m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
     const float *dy[PM_ROWS];
     float from_bias[PM_ROWS]; /* <dy, down_bias> */
@@ -406,7 +422,8 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 {
     (void)worker;
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item), m = experts_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(g->N, job->items, item),
+            m = experts_cut(g->N, job->items, item + 1) - n0;
     const float *dy[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         dy[i] = job->d->dy + (n0 + i) * g->D;
@@ -428,8 +445,8 @@ static int64_t experts_slices(const experts_group *e, int64_t n, int64_t m)
     return pm_blocks(n, pm_max(EXPERTS_SLICE_LEAST, pm_min(EXPERTS_SLICE, most)));
 }
 
-/* A slice of rows of dup, or of ddown, of one group, and the same part of the bias. The shared groups,
- * which have the most rows, go first: then the last tasks to finish are short ones. */
+/* A slice of rows of dup, or of ddown, of one group, and the same part of the bias. The shared
+ * groups, which have the most rows, go first: then the last tasks to finish are short ones. */
 static void experts_backward_weights(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
@@ -444,8 +461,8 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
         int64_t f0 = product_cut(F, up_slices, item), f1 = product_cut(F, up_slices, item + 1);
         const int32_t *tokens = shared ? NULL : g->row_token + e->row0;
         if (d->dup)
-            product_wgrad(e->rows, e->dpre, e->ld, g->x, D, tokens, f0, f1, D, d->dup + e->first * D, D,
-                          scratch);
+            product_wgrad(e->rows, e->dpre, e->ld, g->x, D, tokens, f0, f1, D,
+                          d->dup + e->first * D, D, scratch);
         if (d->dup_bias)
             product_bias_grad(e->rows, e->dpre, e->ld, f0, f1, d->dup_bias + e->first);
     } else {
@@ -453,7 +470,8 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
         int64_t d0 = product_cut(D, down_slices, item), d1 = product_cut(D, down_slices, item + 1);
         const float *dy = shared ? d->dy : job->dy + e->row0 * D;
         if (d->ddown)
-            product_wgrad(e->rows, dy, D, e->h, e->ld, NULL, d0, d1, F, d->ddown + e->first * D, F, scratch);
+            product_wgrad(e->rows, dy, D, e->h, e->ld, NULL, d0, d1, F, d->ddown + e->first * D, F,
+                          scratch);
         if (d->ddown_bias)
             product_bias_grad(e->rows, dy, D, d0, d1, d->ddown_bias + (e - job->group) * D);
     }
@@ -497,6 +515,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
         e->items = e->rows ? experts_slices(e, e->F, g->D) + experts_slices(e, g->D, e->F) : 0;
         items += e->items;
     }
-    experts_run(ctx, &job, items, 2 * work + 2 * experts_shared_work(&job), experts_backward_weights);
+    experts_run(ctx, &job, items, 2 * work + 2 * experts_shared_work(&job),
+                experts_backward_weights);
     return PM_OK;
 }
