@@ -252,6 +252,7 @@ static int learn_dims(call *c, int slot, bool *learnt)
     return 0;
 }
 
+/* Until nothing new is learnt: the last pass compares every axis with every dim. */
 static int learn_all_dims(call *c)
 {
     for (bool learnt = true; learnt;) {
@@ -611,18 +612,6 @@ static int fix_dims(call *c, char *args)
         int axes;
         if (bind_is_array(&c->op->fields[i]) && whole_shape(c, &c->op->fields[i], shape, &axes) < 0)
             return -1;
-    }
-    /* An axis that was skipped while two of its letters were unknown is compared here. */
-    for (int i = 0; i < 2 * c->op->count; i++) {
-        const bind_field *f = &c->op->fields[i % c->op->count];
-        npy_intp shape[BIND_MOST_AXES];
-        int axes;
-        if (!c->values[i] || !bind_is_array(f))
-            continue;
-        if (whole_shape(c, f, shape, &axes) < 0)
-            return -1;
-        if (!PyArray_CompareLists(shape, PyArray_DIMS((PyArrayObject *)c->values[i]), axes))
-            return wrong_array(c, i, PyExc_ValueError, "");
     }
     return 0;
 }

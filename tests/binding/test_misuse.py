@@ -200,6 +200,35 @@ def test_dims_and_their_origin():
         ops.attention_forward(qkv, B=2, H=3)
 
 
+def test_an_axis_too_short_for_its_constant():
+    arguments = call_with("experts", "forward", "row_off")
+    with pytest.raises(ValueError, match=r"experts_forward: row_off must be .*shape \(G\+1,\)"):
+        call("experts", "forward", {**arguments, "row_off": np.zeros(0, np.int32)})
+
+
+def test_negative_dim():
+    with pytest.raises(ValueError, match="gaussian_noise_forward: B must be at least 0; got -1"):
+        ops.gaussian_noise_forward(np.zeros(2, np.int64), B=-1, M=2)
+
+
+def test_an_alias_is_the_same_array_not_a_shifted_one():
+    memory, cond = np.arange(9, dtype=np.float32), np.ones((1, 2, 4), np.float32)
+    schedule = np.array([1.0, 0.5, 1.0])
+    x, shifted = memory[:8].reshape(1, 2, 4), memory[1:].reshape(1, 2, 4)
+    with pytest.raises(ValueError, match="euler_step_forward: y shares memory with x"):
+        ops.euler_step_forward(x, cond, schedule=schedule, y=shifted)
+    expected = x - 0.5
+    assert ops.euler_step_forward(x, cond, schedule=schedule, y=x)["y"] is x
+    np.testing.assert_array_equal(x, expected)
+
+
+def test_absent_inputs_have_no_gradient():
+    x, weight = np.ones((4, 8), np.float32), np.ones((2, 8), np.float32)
+    dy = np.ones((4, 2), np.float32)
+    assert set(ops.linear_backward(x, weight, dy=dy)) == {"dx", "dweight"}
+    assert set(ops.linear_backward(x, weight, dy=dy, dweight=None)) == {"dx"}
+
+
 def test_ops_functions():
     assert ops.upstream("residual_layernorm_modulate") == ["xo", "y"]
     assert ops.names()[0] == "gaussian_noise" and len(ops.names()) >= 22

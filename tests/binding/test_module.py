@@ -271,6 +271,21 @@ def test_memory_does_not_grow():
     assert many() - before < 50
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_scratch_is_given_back():
+    x, weight = np.ones((8, 512), np.float32), np.ones((512, 512), np.float32)
+
+    def resident():
+        for _ in range(60):  # each packs 1 MiB of weights
+            ops.linear_forward(x, weight)
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    resident()
+    before = resident()
+    assert resident() - before < 20 << 20
+
+
 def test_arguments_by_position():
     x, weight = np.ones((4, 8), np.float32), np.ones((2, 8), np.float32)
     assert ops.linear_forward(x, weight, None)["y"].tolist() == [[8, 8]] * 4
