@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a directory: ``manifest.json`` (what the model is, where the run stands, a SHA-256 of
-every file) beside safetensors files. It is written under a temporary name, every file and directory
+A checkpoint is a directory: ``manifest.json`` (what the model is, where the run stands, a SHA-256
+of every file) beside safetensors files. It is written under a temporary name, every file and directory
 is flushed to the disk, and then renamed: whatever happens meanwhile (kill -9, power, a full disk),
 a directory with its final name is complete, and the earlier ones are untouched.
 
@@ -21,6 +21,7 @@ import shutil
 import struct
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
@@ -28,13 +29,16 @@ import safetensors.numpy
 
 from promoe.config import ModelConfig, RectifiedFlow
 
+if TYPE_CHECKING:
+    from promoe.model import Model
+
 __all__ = ["CheckpointError", "load", "save"]
 
-VERSION = 1  # a reader refuses what is newer; a change of the layout raises it and keeps reading the old
+VERSION = 1  # newer ones are refused; a new layout raises it, and still reads the old
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
 CHUNK = 1 << 22  # bytes hashed or written at a time
-_FILES = {  # file: prefixes of the training state that it holds; a single one is left out of the names
+_FILES = {  # file: prefixes of the training state in it; a single one is left out of names
     "parameters.safetensors": ("param.",),
     "ema.safetensors": ("ema.",),
     "optimizer.safetensors": ("exp_avg.", "exp_avg_sq."),
@@ -100,7 +104,7 @@ def read_tensors(path):
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged, or is not a safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def _sha256(path):
@@ -293,7 +297,7 @@ def newest_checkpoint(folder, damaged):
 # ---------------------------------------------------------------- one model in one file
 
 
-def save(model, path, optimizer=False):
+def save(model: Model, path: str | os.PathLike, optimizer: bool = False) -> None:
     """Save a model as one safetensors file: parameters and EMA under their official names.
 
     Parameters
@@ -332,15 +336,19 @@ def _digest(tensors):
     return digest.hexdigest()
 
 
-def _read_model_file(path):
-    tensors, metadata = read_tensors(path)
+def _model_manifest(path, metadata):
     try:
         manifest = json.loads(metadata["promoe"])
     except (KeyError, ValueError):
         raise CheckpointError(
             f"{path} was not written by promoe.save; for a safetensors file with official names: "
             f"promoe.Model(config).load_state_dict(safetensors.numpy.load_file(path))") from None
-    _check_manifest(manifest, "model", path)
+    return _check_manifest(manifest, "model", path)
+
+
+def _read_model_file(path):
+    tensors, metadata = read_tensors(path)
+    manifest = _model_manifest(path, metadata)
     if _digest(tensors) != manifest["tensors"]:
         raise CheckpointError(f"{path} is damaged: its tensors do not match their checksum")
     prefixes = ("ema.", "exp_avg.", "exp_avg_sq.")
@@ -348,7 +356,7 @@ def _read_model_file(path):
     return manifest, state
 
 
-def load(path, device="cpu", compute="fp32"):
+def load(path: str | os.PathLike, device: str = "cpu", compute: str = "fp32") -> Model:
     """Load a model.
 
     Parameters
@@ -389,6 +397,26 @@ def load(path, device="cpu", compute="fp32"):
     else:
         raise FileNotFoundError(f"load: {path}: no such file or folder")
     return restore(manifest, state, path, device, compute)
+
+
+def peek(path):
+    """The manifest of what `load` would load, without reading the tensors."""
+    path = Path(path)
+    if path.is_file():
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                return _model_manifest(path, file.metadata() or {})
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged, or not of promoe.save: {error}") from error
+    if (path / MANIFEST).is_file():
+        return read_manifest(path)
+    errors = []
+    for found in checkpoints(path):
+        try:
+            return read_manifest(found)
+        except CheckpointError as error:
+            errors.append(error)
+    raise errors[0] if errors else CheckpointError(f"{path} has no checkpoint")
 
 
 def warn_damaged(error):

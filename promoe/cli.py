@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import promoe
-from promoe import doctor, report
+from promoe import checkpoint, doctor, report
 from promoe.config import ASSIGNMENTS, BALANCE_POOLS, DENSITIES, GATES, ModelConfig, RectifiedFlow
 
 __all__ = ["main"]
@@ -107,7 +107,7 @@ def make_parser():
     """The parser of all commands."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
-    common.add_argument("--threads", type=int, help="worker threads; all that are allowed when absent")
+    common.add_argument("--threads", type=int, help="worker threads; all allowed ones when absent")
     common.add_argument("--traceback", action="store_true", help="show where an error comes from")
 
     parser = argparse.ArgumentParser(
@@ -141,8 +141,8 @@ def _train_options(parser):
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--preset", default="ProMoE-digits", help="configuration to start from: "
                        + ", ".join(promoe.presets()))
-    model.add_argument("--config", metavar="FILE", help="JSON file to start from: ours, or with the "
-                                                        "names of the public code")
+    model.add_argument("--config", metavar="FILE", help="JSON file to start from: ours, or with "
+                       "the names of the public code")
     add("--batch-size", type=int, default=64, help="samples per update")
     add("--micro-batch", type=int, help="samples computed at a time; the batch size when absent")
     add("--lr", type=float, default=1e-4, help="learning rate")
@@ -172,7 +172,7 @@ def _field_options(group, cls, helps):
     for field in dataclasses.fields(cls):
         option, text = "--" + field.name.replace("_", "-"), helps[field.name]
         if field.type == "bool":
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         elif field.name in ("input_size", "patch_size"):
             group.add_argument(option, type=int, nargs="+", metavar="N", help=text)
         elif field.name in CHOICES:
@@ -194,7 +194,7 @@ def _sample_options(parser):
     add("--steps", type=int, default=50, help="Euler steps")
     add("--cfg", type=float, default=1.5, help="classifier-free guidance; 1: none")
     add("--seed", type=int, default=0, help="of the initial noise")
-    add("--weights", choices=("ema", "live"), default="ema", help="averaged parameters, or the last")
+    add("--weights", choices=("ema", "live"), default="ema", help="averaged weights, or the last")
     add("--batch-size", type=int, default=64, help="samples computed together")
     add("--device", default="cpu", help="where to compute")
     add("--compute", default="fp32", help="type of the products")
@@ -208,7 +208,8 @@ def headline(config):
     """Device, threads, instruction set, parameters: the first line of every run."""
     info = promoe.backend_info()
     return (f"promoe {promoe.__version__}: {info['device']}, {promoe.get_num_threads()} threads, "
-            f"{info['level']}; {config.num_params:,} parameters, {config.num_active_params:,} active")
+            f"{info['level']}; {config.num_params:,} parameters, "
+            f"{config.num_active_params:,} active")
 
 
 def _start(arguments, config):
@@ -272,7 +273,8 @@ def run_sample(arguments):
     _start(arguments, model.config)
     shape = model.config.input_shape
     if out.suffix == ".png" and (len(shape) != 3 or shape[0] not in (1, 3)):
-        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures; write .npy or .npz")
+        raise ValueError(f"--out {out}: samples of shape {shape} are no pictures: "
+                         f"write .npy or .npz")
     per_class = arguments.per_class
     if per_class is None and arguments.labels is None:
         per_class = 8
@@ -304,8 +306,9 @@ def run_info(arguments):
     elif name.endswith(".json") and Path(name).is_file():
         config = _read_config(name)
     elif Path(name).exists():
-        model = promoe.load(name)
-        config, where = model.config, {"step": int(model.step), "seed": int(model.seed)}
+        manifest = checkpoint.peek(name)
+        config = ModelConfig.from_dict(manifest["config"])
+        where = {"updates": manifest["updates"], "seed": manifest["seed"]}
     else:
         raise ValueError(f"{name}: neither a file or folder nor a preset "
                          f"({', '.join(promoe.presets())})")

@@ -36,7 +36,7 @@ def nearest(name, known):
 
 
 def check_keys(what, given, known):
-    """Raise TypeError for the first key of `given` that is not in `known`, with the nearest name."""
+    """Raise TypeError for the first key of `given` not in `known`, with the nearest name."""
     for key in given:
         if key not in known:
             raise TypeError(f"{what}: unknown name {key!r}{nearest(key, known)}; "
@@ -277,7 +277,8 @@ class ModelConfig:
 
     def _check_width(self, check):
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            check.fail("hidden_size", f"must be a multiple of num_heads = {self.num_heads}, or give head_dim")
+            check.fail("hidden_size", f"must be a multiple of num_heads = {self.num_heads}, "
+                                      f"or give head_dim")
         axes = len(self.sizes)
         unit = 2 * axes
         if self.hidden_size % unit:
@@ -368,7 +369,7 @@ class ModelConfig:
 
     @property
     def plan_groups(self):
-        """Groups of a routing plan: the routed experts and, where there is one, the unconditional."""
+        """Groups of a routing plan: the routed experts and the unconditional one."""
         return self.num_routed_experts + self.use_uncond_expert if self.num_routed_experts else 0
 
     @property
@@ -396,12 +397,12 @@ class ModelConfig:
     # ------------------------------------------------------------ counts
 
     @property
-    def num_params(self):
+    def num_params(self) -> int:
         """Numbers in the state dict, the frozen `pos_embed` included."""
         return self._count(experts=self.plan_groups)
 
     @property
-    def num_active_params(self):
+    def num_active_params(self) -> int:
         """Parameters that work on one token that has a class: everything dense, the prototypes,
         its `top_k` routed experts and the shared one."""
         return self._count(experts=self.top_k)
@@ -433,7 +434,7 @@ class ModelConfig:
 
     # ------------------------------------------------------------ making others
 
-    def replace(self, **changes):
+    def replace(self, **changes) -> ModelConfig:
         """A copy with some fields changed. Expert widths follow `hidden_size` unless given.
 
         Raises
@@ -454,7 +455,7 @@ class ModelConfig:
         return _from_dict(cls, mapping)
 
     @classmethod
-    def from_official(cls, mapping):
+    def from_official(cls, mapping: Mapping) -> ModelConfig:
         """Read the names of the public PyTorch code (github.com/ali-vilab/ProMoE).
 
         Parameters
@@ -573,8 +574,8 @@ class TrainSettings:
 
     def optimizer(self, step):
         """Arguments of ``Model.update`` after `step` updates."""
-        return dict(lr=self.rate(step), betas=self.betas, eps=self.eps, clip=self.clip, ema=self.ema,
-                    weight_decay=self.weight_decay)
+        return dict(lr=self.rate(step), betas=self.betas, eps=self.eps, clip=self.clip,
+                    weight_decay=self.weight_decay, ema=self.ema)
 
 
 # ---------------------------------------------------------------- presets
@@ -595,12 +596,12 @@ _PRESETS = {
 }
 
 
-def presets():
+def presets() -> tuple[str, ...]:
     """Names that `preset` knows: the papers' rows, and a small model for the embedded digits."""
     return tuple(_PRESETS)
 
 
-def preset(name):
+def preset(name: str) -> ModelConfig:
     """The `ModelConfig` of a row of the papers, for 256 x 256 ImageNet latents (4, 32, 32).
 
     Raises
@@ -618,7 +619,8 @@ def preset(name):
 
 _OFFICIAL = dict(  # arguments of the public DiT constructors, and their defaults
     input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-    head_dim=None, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, learn_sigma=True, qk_norm=False)
+    head_dim=None, mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1,
+    learn_sigma=True, qk_norm=False)
 _OFFICIAL_MOE = dict(  # official name: (ours, default of the public constructor; ... = required)
     num_routed_experts=("num_routed_experts", ...),
     moe_intermediate_size=("expert_hidden_size", ...),

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from promoe.config import nearest
 
@@ -27,7 +28,7 @@ IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".p
 # ---------------------------------------------------------------- embedded digits
 
 
-def load_digits(split="train"):
+def load_digits(split: str = "train") -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The UCI handwritten digits: 8 x 8 pixels, 10 classes, CC BY 4.0 (see data/README.md).
 
     Parameters

@@ -11,6 +11,7 @@ import numpy as np
 
 __all__ = ["examine", "report"]
 
+VARIABLES = ("PROMOE_CPU", "PROMOE_NUM_THREADS", "OMP_NUM_THREADS")
 EXTRAS = {  # distribution: (extra, what it is for)
     "Pillow": ("data", "image folders"),
     "matplotlib": ("viz", "figures"),
@@ -37,9 +38,8 @@ def examine():
         "requires": {name: _version(name) for name in ("numpy", "safetensors", "tqdm")},
         "extras": {name: _version(name) for name in EXTRAS},
         "cpu": info.get("cpu"), "level": info["level"], "threads": promoe.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "environment": {name: os.environ[name] for name in
-                        ("PROMOE_CPU", "PROMOE_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ},
+        "cpus": len(os.sched_getaffinity(0)),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "memory": _memory(),
         "huge_pages": _huge_pages(),
         "cuda": "not built: this version computes on the CPU",
@@ -59,7 +59,7 @@ def report(found):
              f"system        {found['system']}",
              f"cpu           {found['cpu']}",
              f"instructions  {found['level']}",
-             f"threads       {found['threads']} (of {found['cpus']} CPUs that this process may use)"]
+             f"threads       {found['threads']} (this process may use {found['cpus']} CPUs)"]
     lines += [f"              {name}={value}" for name, value in found["environment"].items()]
     if found["memory"]:
         total, free = (found["memory"][k] / 2**30 for k in ("total", "available"))
@@ -70,7 +70,8 @@ def report(found):
     for name, version in found["extras"].items():
         extra, purpose = EXTRAS[name]
         lines.append(f"extra {extra:7} {name} {version}" if version else
-                     f"extra {extra:7} {name} is missing ({purpose}): pip install 'promoe[{extra}]'")
+                     f"extra {extra:7} {name} is missing ({purpose}): "
+                     f"pip install 'promoe[{extra}]'")
     lines.append(f"cuda          {found['cuda']}")
     lines += [f"problem       {p}" for p in found["problems"]] or ["problems      none"]
     return "\n".join(lines)

@@ -76,7 +76,7 @@ class TrainingFolder:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "lock", "a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it on any death
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by any death
         except OSError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"

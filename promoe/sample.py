@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
 from promoe import checkpoint
+from promoe.model import Model
 
 __all__ = ["sample"]
 
 
-def sample(model, labels=None, *, per_class=None, steps=50, cfg=1.0, seed=0, weights="ema",
-           batch_size=64, progress=True, device="cpu", compute="fp32"):
+def sample(model: Model | str | os.PathLike, labels: ArrayLike | None = None, *,
+           per_class: int | None = None, steps: int = 50, cfg: float = 1.0, seed: int = 0,
+           weights: str = "ema", batch_size: int = 64, progress: bool = True, device: str = "cpu",
+           compute: str = "fp32") -> NDArray[np.float32]:
     """Generate samples.
 
     A sample depends on (seed, its place in `labels`), its label and the settings; not on
@@ -52,7 +58,8 @@ def sample(model, labels=None, *, per_class=None, steps=50, cfg=1.0, seed=0, wei
     if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
         raise ValueError(f"sample: batch_size = {batch_size!r}: must be an integer of at least 1")
     out = np.empty((len(labels), *model.config.input_shape), np.float32)
-    with tqdm(total=-(-len(labels) // batch_size) * steps, unit="step", disable=not progress) as bar:
+    passes = -(-len(labels) // batch_size)
+    with tqdm(total=passes * steps, unit="step", disable=not progress) as bar:
         for first in range(0, len(labels), batch_size):
             part = slice(first, first + batch_size)
             bar.set_postfix_str(f"{first} of {len(labels)} samples", refresh=False)

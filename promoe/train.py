@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from promoe import Model, backend_info, checkpoint, set_num_threads
+from promoe import backend_info, checkpoint, set_num_threads
 from promoe.checkpoint import CheckpointError
 from promoe.config import ModelConfig, RectifiedFlow, TrainSettings, preset
 from promoe.data import batches, open_data
 from promoe.folder import TrainingFolder, differences
 from promoe.interrupt import Interruptible
+from promoe.model import Model, StepInfo
 
 __all__ = ["TrainResult", "train"]
 
@@ -26,8 +30,8 @@ MOST_SKIPPED = 100  # updates in a row that were not finite: the run has diverge
 class TrainResult:
     """What `train` returns: the model, the logged records (dicts), and the folder."""
 
-    model: object
-    history: list
+    model: Model
+    history: list[dict]
     out: Path
 
     def __repr__(self):
@@ -35,10 +39,14 @@ class TrainResult:
         return f"TrainResult({len(self.history)} records{last}, out={str(self.out)!r})"
 
 
-def train(config, data="digits", *, out, steps, batch_size=64, lr=1e-4, seed=0,
-          checkpoint_every=1000, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=0.5,
-          ema=0.9999, warmup=0, micro_batch=None, flip=False, objective=None, keep_last=2,
-          log_every=1, threads=None, device="cpu", compute="fp32", progress=True, on_step=None):
+def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.PathLike, steps: int,
+          batch_size: int = 64, lr: float = 1e-4, seed: int = 0, checkpoint_every: int = 1000,
+          betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+          clip: float | None = 0.5, ema: float | None = 0.9999, warmup: int = 0,
+          micro_batch: int | None = None, flip: bool = False,
+          objective: RectifiedFlow | None = None, keep_last: int = 2, log_every: int = 1, threads: int | None = None, device: str = "cpu",
+          compute: str = "fp32", progress: bool = True,
+          on_step: Callable[[int, StepInfo], Any] | None = None) -> TrainResult:
     """Train a model, or continue training it: the same call again goes on to `steps`.
 
     A continued run equals an uninterrupted one bit for bit. SIGTERM and Ctrl-C save the last
@@ -135,8 +143,8 @@ def train(config, data="digits", *, out, steps, batch_size=64, lr=1e-4, seed=0,
                     bar.update()
                     skipped = skipped + 1 if info.skipped else 0
                     if skipped == MOST_SKIPPED:
-                        raise FloatingPointError(f"no finite update since step {step - skipped}: the "
-                                                 f"run has diverged; lower lr")
+                        raise FloatingPointError(f"no finite update since step {step - skipped}: "
+                                                 f"the run has diverged; lower lr")
                     if step % checkpoint_every == 0:
                         save()
                     if on_step:
@@ -180,6 +188,6 @@ def start(folder, run):
                               f"Use the same values, or another folder")
     level = backend_info()["level"]
     if manifest["level"] != level:
-        warnings.warn(f"{folder.path} was trained with {manifest['level']} and goes on with {level}: "
-                      f"its last bits will differ from those of an uninterrupted run", stacklevel=3)
+        warnings.warn(f"{folder.path} was trained with {manifest['level']} and goes on with {level}"
+                      f": its last bits will differ from those of an uninterrupted run", stacklevel=3)
     return manifest["step"], found

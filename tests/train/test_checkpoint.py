@@ -78,6 +78,7 @@ def test_load_takes_a_folder_a_checkpoint_or_a_file(trained, tmp_path):
         model = promoe.load(path)
         assert model.config == CONFIG and model.step == 5 and model.seed == 7
         assert state(model) == state(trained.model)
+        assert checkpoint.peek(path)["updates"] == 5
     assert promoe.load(trained.out / "checkpoints" / "step_00000004").step == 4
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
@@ -108,6 +109,7 @@ def test_damaged_checkpoints(copy, break_it, message):
         promoe.load(path)
     with pytest.warns(RuntimeWarning, match=message):
         assert promoe.load(copy).step == 4
+    assert checkpoint.peek(copy)["updates"] in (4, 5)
 
 
 def edit_manifest(path, key, value):
