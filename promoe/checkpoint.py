@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is a directory: ``manifest.json`` (what the model is, where the run stands, a SHA-256
-of every file) beside safetensors files. It is written under a temporary name, every file and directory
-is flushed to the disk, and then renamed: whatever happens meanwhile (kill -9, power, a full disk),
-a directory with its final name is complete, and the earlier ones are untouched.
+of every file) beside safetensors files. It is written under a temporary name, every file and
+directory is flushed to the disk, and then renamed: whatever happens meanwhile (kill -9, power, a
+full disk), a directory with its final name is complete, and the earlier ones are untouched.
 
     parameters.safetensors   official names
     ema.safetensors          official names

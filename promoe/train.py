@@ -44,8 +44,9 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
           betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
           clip: float | None = 0.5, ema: float | None = 0.9999, warmup: int = 0,
           micro_batch: int | None = None, flip: bool = False,
-          objective: RectifiedFlow | None = None, keep_last: int = 2, log_every: int = 1, threads: int | None = None, device: str = "cpu",
-          compute: str = "fp32", progress: bool = True,
+          objective: RectifiedFlow | None = None, keep_last: int = 2, log_every: int = 1,
+          threads: int | None = None, device: str = "cpu", compute: str = "fp32",
+          progress: bool = True,
           on_step: Callable[[int, StepInfo], Any] | None = None) -> TrainResult:
     """Train a model, or continue training it: the same call again goes on to `steps`.
 
@@ -189,5 +190,6 @@ def start(folder, run):
     level = backend_info()["level"]
     if manifest["level"] != level:
         warnings.warn(f"{folder.path} was trained with {manifest['level']} and goes on with {level}"
-                      f": its last bits will differ from those of an uninterrupted run", stacklevel=3)
+                      f": its last bits will differ from those of an uninterrupted run",
+                      stacklevel=3)
     return manifest["step"], found
