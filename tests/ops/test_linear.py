@@ -23,7 +23,7 @@ def test_oracle_finite_differences(case):
     check_finite_differences("linear", case, wrt)
 
 
-@pytest.mark.parametrize("case", ["gelu_tanh", "many_tokens", "no_bias"])
+@pytest.mark.parametrize("case", ["gelu_tanh", "many_tokens", "no_bias", "gradient_ranges"])
 def test_gradients_accumulate(case):
     """dweight and dbias are added to what is there; dx replaces it, or is added with dx_add."""
     inputs, outs, upstream, first = check_backward("linear", case)
@@ -39,7 +39,8 @@ def test_gradients_accumulate(case):
                                atol=8 * ULP * (3 + np.abs(first["dx"]).max()))
 
 
-@pytest.mark.parametrize("case", ["one_token", "row_blocks", "many_tokens", "panel_ranges"])
+@pytest.mark.parametrize("case", ["one_token", "row_blocks", "many_tokens", "panel_ranges",
+                                  "gradient_ranges"])
 def test_same_bits_for_any_thread_count(case):
     results = []
     before = promoe.get_num_threads()

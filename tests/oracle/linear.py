@@ -45,6 +45,7 @@ CASES = {
     "row_blocks": _case(200, 24, 40, "gelu_tanh"),
     "long_rows": _case(5, 700, 9),
     "many_tokens": _case(600, 20, 37),  # over two packings of the weight gradient
+    "gradient_ranges": _case(300, 320, 40),  # dweight in ranges and chunks
     "panel_ranges": _case(130, 160, 200, "silu"),  # more than one task in each direction
 }
 CASES |= {f"width_{D}": _case(4, D, 34 - D) for D in range(1, 34)}
