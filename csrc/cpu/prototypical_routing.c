@@ -191,25 +191,31 @@ static pm_status prototypical_routing_forward(pm_ctx *ctx, const pm_prototypical
 
 /* ---------------------------------------------------------------- backward */
 
+#define PROTOTYPICAL_ROUTING_BACK (2 * PM_MR) /* tokens whose x and q stay in L2 together */
+
 typedef struct {
     const pm_prototypical_routing_args *g;
     const pm_prototypical_routing_grads *d;
     float *panels;  /* the prototypes, packed as the right operand of c . proto */
     float *b;       /* (E) 1/max(|p_i|, eps) */
     float *partial; /* (slots, E, D) sums over tokens of c x */
-    char *worker;   /* per worker: c (PM_ROWS, E), then the scratch of product_wgrad */
+    char *worker;   /* per worker: c, q, then the scratch of product_wgrad */
     size_t worker_bytes;
 } prototypical_routing_back_job;
 
-typedef struct {
-    const prototypical_routing_back_job *j;
-    int32_t rows[PM_ROWS]; /* the tokens of this block */
-    float along[PM_ROWS];  /* <x_n, q_n> / |x_n|^2 where q_n = sum_i c_ni p_i */
-} prototypical_routing_back_block;
-
+static size_t prototypical_routing_back_c(int64_t E)
+{
+    return (size_t)(PROTOTYPICAL_ROUTING_BACK * E) * sizeof(float);
+}
+static size_t prototypical_routing_back_q(int64_t D)
+{
+    return (size_t)(PROTOTYPICAL_ROUTING_BACK * product_panels(D) * PM_NR) * sizeof(float);
+}
 static size_t prototypical_routing_worker_bytes(const pm_prototypical_routing_args *g)
 {
-    return pm_round64((size_t)(PM_ROWS * g->E) * 4) + pm_round64(product_wgrad_scratch(g->E, g->D));
+    return pm_round64(prototypical_routing_back_c(g->E)) +
+           pm_round64(prototypical_routing_back_q(g->D)) +
+           pm_round64(product_wgrad_scratch(g->E, g->D));
 }
 
 static size_t prototypical_routing_backward_workspace(const pm_ctx *ctx,
@@ -220,50 +226,76 @@ static size_t prototypical_routing_backward_workspace(const pm_ctx *ctx,
            (size_t)pm_pool_threads(ctx->pool) * prototypical_routing_worker_bytes(g);
 }
 
-/* dx += q - along x on a finished tile of q = c . proto. */
-static void prototypical_routing_add_dx(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+typedef struct {
+    float *q;   /* rows of ld floats */
+    int64_t ld; /* D, rounded up to whole panels */
+} prototypical_routing_q;
+
+static void prototypical_routing_put_q(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                       float *tile)
 {
-    const prototypical_routing_back_block *t = arg;
-    const prototypical_routing_back_job *j = t->j;
-    for (int64_t r = 0; r < m; r++) {
-        int64_t at = (int64_t)t->rows[row0 + r] * j->g->D + col0;
-        float *q = tile + r * PM_NR;
-        cosine_axpy(n, -t->along[row0 + r], j->g->x + at, q);
-        cosine_axpy(n, 1.0f, q, j->d->dx + at);
+    (void)n;
+    const prototypical_routing_q *to = arg;
+    for (int64_t r = 0; r < m; r++)
+        memcpy(to->q + (row0 + r) * to->ld + col0, tile + r * PM_NR, PM_NR * sizeof(float));
+}
+
+/* dx_n += q_n - along_n x_n, with q_n = sum_i c_ni p_i. The products go a panel at a time, but x and dx
+ * are larger than the cache, so they are visited a whole row at a time, in a pass of their own. */
+static void prototypical_routing_back_dx(const prototypical_routing_back_job *j, int64_t m,
+                                         const int32_t *rows, const float *const *c,
+                                         const float *along, float *q)
+{
+    int64_t D = j->g->D;
+    prototypical_routing_q to = {q, product_panels(D) * PM_NR};
+    product_block(m, c, j->g->E, D, j->panels, 0, product_panels(D), prototypical_routing_put_q, &to);
+    for (int64_t r = 0; r < m; r++, q += to.ld) {
+        const float *x = j->g->x + rows[r] * D;
+        float *dx = j->d->dx + rows[r] * D;
+        vf k = v_set(-along[r]);
+        int64_t d = 0;
+        for (; d + PM_WIDTH <= D; d += PM_WIDTH)
+            v_store(dx + d, v_load(dx + d) + v_fma(k, v_load(x + d), v_load(q + d)));
+        if (d < D)
+            v_store_n(dx + d, v_load_n(dx + d, D - d) + v_fma(k, v_load_n(x + d, D - d), v_load(q + d)),
+                      D - d);
     }
 }
 
-/* One slot's tokens, PM_ROWS at a time: their dx, and their share of the sum for dproto. */
+/* One slot's tokens, a few at a time: their dx, and their share of the sum for dproto. */
 static void prototypical_routing_back_tokens(void *arg, int64_t task, int worker)
 {
     const prototypical_routing_back_job *j = arg;
     const pm_prototypical_routing_args *g = j->g;
-    int64_t E = g->E, D = g->D, tokens = cosine_slot_tokens(g->N, E), n1 = pm_min(g->N, (task + 1) * tokens);
+    int64_t E = g->E, D = g->D, tokens = cosine_slot_tokens(g->N, E);
+    int64_t n1 = pm_min(g->N, (task + 1) * tokens);
     void *scratch = j->worker + (size_t)worker * j->worker_bytes;
-    float *c = pm_take(&scratch, (size_t)(PM_ROWS * E) * 4);
+    float *c = pm_take(&scratch, prototypical_routing_back_c(E));
+    float *q = pm_take(&scratch, prototypical_routing_back_q(D));
     float *partial = j->partial + task * E * D;
-    prototypical_routing_back_block t;
-    const float *row[PM_ROWS];
-    t.j = j;
+    int32_t rows[PROTOTYPICAL_ROUTING_BACK];
+    float along[PROTOTYPICAL_ROUTING_BACK]; /* <x_n, q_n> / |x_n|^2 */
+    const float *c_rows[PROTOTYPICAL_ROUTING_BACK];
     if (j->d->dproto)
         memset(partial, 0, (size_t)(E * D) * sizeof(float));
-    for (int64_t n0 = task * tokens; n0 < n1; n0 += PM_ROWS) {
-        int64_t m = prototypical_routing_rows(g->part, n0, pm_min(n1, n0 + PM_ROWS), t.rows);
+    for (int64_t n0 = task * tokens; n0 < n1; n0 += PROTOTYPICAL_ROUTING_BACK) {
+        int64_t n2 = pm_min(n1, n0 + PROTOTYPICAL_ROUTING_BACK);
+        int64_t m = prototypical_routing_rows(g->part, n0, n2, rows);
         for (int64_t r = 0; r < m; r++) {
-            const float *z = g->z + (int64_t)t.rows[r] * E, *dz = j->d->dz + (int64_t)t.rows[r] * E;
-            float norm = g->xnorm[t.rows[r]], a = cosine_inverse(norm);
-            float zdz = 0.0f; /* = |x| <x/|x|, q> */
+            const float *z = g->z + rows[r] * E, *dz = j->d->dz + rows[r] * E;
+            float norm = g->xnorm[rows[r]], a = cosine_inverse(norm);
+            float zdz = 0.0f; /* = <x_n, q_n> */
             for (int64_t i = 0; i < E; i++) {
                 c[r * E + i] = dz[i] * (a * j->b[i]);
                 zdz += z[i] * dz[i];
             }
-            t.along[r] = norm < COSINE_EPS ? 0.0f : zdz * a * a;
-            row[r] = c + r * E;
+            along[r] = norm < COSINE_EPS ? 0.0f : zdz * a * a;
+            c_rows[r] = c + r * E;
         }
         if (m && j->d->dx)
-            product_block(m, row, E, D, j->panels, 0, product_panels(D), prototypical_routing_add_dx, &t);
+            prototypical_routing_back_dx(j, m, rows, c_rows, along, q);
         if (m && j->d->dproto)
-            product_wgrad(m, c, E, g->x, D, t.rows, 0, E, D, partial, D, scratch);
+            product_wgrad(m, c, E, g->x, D, rows, 0, E, D, partial, D, scratch);
     }
 }
 
