@@ -13,7 +13,8 @@ static pm_status conditional_routing_forward(pm_ctx *ctx, const pm_conditional_r
 {
     (void)scratch;
     if (g->group < -1 || g->group > INT32_MAX)
-        return pm_fail(ctx, PM_EINVAL, "conditional_routing: group is %lld, expected -1 or a plan group",
+        return pm_fail(ctx, PM_EINVAL,
+                       "conditional_routing: group is %lld, expected -1 or a plan group",
                        (long long)g->group);
     for (int64_t b = 0; b < g->B; b++) {
         int32_t part = g->y[b] == g->null_label ? (int32_t)g->group : -1;

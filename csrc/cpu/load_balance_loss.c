@@ -68,7 +68,8 @@ static double load_balance_loss_of(const pm_load_balance_loss_args *g, const dou
     return loss;
 }
 
-static pm_status load_balance_loss_forward(pm_ctx *ctx, const pm_load_balance_loss_args *g, void *scratch)
+static pm_status load_balance_loss_forward(pm_ctx *ctx, const pm_load_balance_loss_args *g,
+                                           void *scratch)
 {
     int64_t B = g->B, E = g->E;
     load_balance_loss_job j = {.g = g};
@@ -144,6 +145,7 @@ static pm_status load_balance_loss_backward(pm_ctx *ctx, const pm_load_balance_l
     else
         for (int64_t b = 0; b < g->B; b++)
             j.size[b] = all;
-    pm_parallel(ctx->pool, pm_blocks(g->B, load_balance_loss_images(g)), load_balance_loss_back_task, &j);
+    pm_parallel(ctx->pool, pm_blocks(g->B, load_balance_loss_images(g)),
+                load_balance_loss_back_task, &j);
     return PM_OK;
 }

@@ -10,7 +10,9 @@
  * where the tangent of q at u is q - u <u, q> / |u|^2: moving u along itself does not change its
  * direction. Below eps the norm is the constant eps, and the tangent of q is q. */
 
-/* ---------------------------------------------------------------- cosines (also of the contrastive loss) */
+/* ---------------------------------------------------------------- cosines */
+
+/* These are also those of routing_contrastive_loss.c. */
 
 #define COSINE_EPS 1e-12f /* as in PyTorch's normalize */
 
@@ -56,15 +58,18 @@ static void cosine_tangent(int64_t D, const float *u, float norm, float *q)
     cosine_axpy(D, (float)(-(double)cosine_dot(D, u, q) / ((double)norm * norm)), u, q);
 }
 
-/* Sums over tokens go to slots: a slot has an (E, D) partial sum of a fixed range of tokens, and the slots are
- * added in order, in double. Clearing and adding a slot costs as much as E tokens, so it has more
- * tokens than that, and all slots together take no more memory than x. */
+/* Sums over tokens go to slots: a slot has an (E, D) partial sum of a fixed range of tokens, and the
+ * slots are added in order, in double. Clearing and adding a slot costs as much as E tokens, so it has
+ * at least as many tokens, and all slots together take no more memory than x (or are one). */
 #define COSINE_SLOTS 32
 static inline int64_t cosine_slot_tokens(int64_t N, int64_t E)
 {
     return pm_max(pm_max(256, E), pm_blocks(N, COSINE_SLOTS));
 }
-static inline int64_t cosine_slots(int64_t N, int64_t E) { return pm_blocks(N, cosine_slot_tokens(N, E)); }
+static inline int64_t cosine_slots(int64_t N, int64_t E)
+{
+    return pm_blocks(N, cosine_slot_tokens(N, E));
+}
 
 /* out (D) = sum over slots of row i of the (E, D) partial sums, times scale. */
 static void cosine_sum_slots(int64_t slots, int64_t E, int64_t D, const float *partial, int64_t i,
@@ -88,7 +93,8 @@ static void cosine_sum_slots(int64_t slots, int64_t E, int64_t D, const float *p
 /* ---------------------------------------------------------------- forward */
 
 /* The routable ones of the tokens n0..n1-1, ascending: how many. */
-static inline int64_t prototypical_routing_rows(const int32_t *part, int64_t n0, int64_t n1, int32_t *rows)
+static inline int64_t prototypical_routing_rows(const int32_t *part, int64_t n0, int64_t n1,
+                                                int32_t *rows)
 {
     int64_t m = 0;
     for (int64_t n = n0; n < n1; n++)
@@ -111,8 +117,8 @@ typedef struct {
 
 static size_t prototypical_routing_backward_workspace(const pm_ctx *ctx,
                                                       const pm_prototypical_routing_args *g);
-static size_t prototypical_routing_workspace(const pm_ctx *ctx, const pm_prototypical_routing_args *g,
-                                             bool backward)
+static size_t prototypical_routing_workspace(const pm_ctx *ctx,
+                                             const pm_prototypical_routing_args *g, bool backward)
 {
     if (backward)
         return prototypical_routing_backward_workspace(ctx, g);
@@ -136,7 +142,8 @@ static void prototypical_routing_pack(void *arg, int64_t task, int worker)
 }
 
 /* z = a b <x, p> on a finished tile. */
-static void prototypical_routing_scale(void *arg, int64_t row0, int m, int64_t col0, int64_t n, float *tile)
+static void prototypical_routing_scale(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                       float *tile)
 {
     const prototypical_routing_block *t = arg;
     const prototypical_routing_job *j = t->j;
@@ -240,15 +247,17 @@ static void prototypical_routing_put_q(void *arg, int64_t row0, int m, int64_t c
         memcpy(to->q + (row0 + r) * to->ld + col0, tile + r * PM_NR, PM_NR * sizeof(float));
 }
 
-/* dx_n += q_n - along_n x_n, with q_n = sum_i c_ni p_i. The products go a panel at a time, but x and dx
- * are larger than the cache, so they are visited a whole row at a time, in a pass of their own. */
+/* dx_n += q_n - along_n x_n, with q_n = sum_i c_ni p_i. The products go a panel at a time, but x and
+ * dx come from memory, so they are visited a whole row at a time, in a pass of their own: half the
+ * time of adding to dx tile by tile. */
 static void prototypical_routing_back_dx(const prototypical_routing_back_job *j, int64_t m,
                                          const int32_t *rows, const float *const *c,
                                          const float *along, float *q)
 {
     int64_t D = j->g->D;
     prototypical_routing_q to = {q, product_panels(D) * PM_NR};
-    product_block(m, c, j->g->E, D, j->panels, 0, product_panels(D), prototypical_routing_put_q, &to);
+    product_block(m, c, j->g->E, D, j->panels, 0, product_panels(D), prototypical_routing_put_q,
+                  &to);
     for (int64_t r = 0; r < m; r++, q += to.ld) {
         const float *x = j->g->x + rows[r] * D;
         float *dx = j->d->dx + rows[r] * D;
@@ -257,7 +266,8 @@ static void prototypical_routing_back_dx(const prototypical_routing_back_job *j,
         for (; d + PM_WIDTH <= D; d += PM_WIDTH)
             v_store(dx + d, v_load(dx + d) + v_fma(k, v_load(x + d), v_load(q + d)));
         if (d < D)
-            v_store_n(dx + d, v_load_n(dx + d, D - d) + v_fma(k, v_load_n(x + d, D - d), v_load(q + d)),
+            v_store_n(dx + d,
+                      v_load_n(dx + d, D - d) + v_fma(k, v_load_n(x + d, D - d), v_load(q + d)),
                       D - d);
     }
 }
@@ -313,7 +323,8 @@ static void prototypical_routing_back_proto(void *arg, int64_t i, int worker)
 }
 
 static pm_status prototypical_routing_backward(pm_ctx *ctx, const pm_prototypical_routing_args *g,
-                                               const pm_prototypical_routing_grads *d, void *scratch)
+                                               const pm_prototypical_routing_grads *d,
+                                               void *scratch)
 {
     int64_t E = g->E, D = g->D;
     if (!g->N)

@@ -23,8 +23,8 @@ static inline void router_gate_map(vf (*f)(vf), int64_t n, float *s)
         v_store_n(s + i, f(v_load_n(s + i, n - i)), n - i);
 }
 
-/* The rows of a block are contiguous, so the transcendental functions run over the block as a whole,
- * at full vector width for any E; what is left are short sums per row. */
+/* The rows of a block are contiguous, so exp and sigmoid run over the block as a whole, at full
+ * vector width for any E; what is left are short sums per row. */
 static void router_gate_task(void *arg, int64_t task, int worker)
 {
     (void)worker;

@@ -4,33 +4,34 @@
  *
  *   forward    m_i = sum of x over cluster i / count_i;  prob_ij = exp(l_ij) / sum_k exp(l_ik)
  *              loss = weight / V * sum_i -log prob_ii
- *   backward   A_ij = dloss weight / (V temperature) (prob_ij - [i = j])      = dloss/d<u_i, v_j>
+ *   backward   A_ij = dloss weight / (V temperature) (prob_ij - [i = j])
  *              dp_i += tangent at p_i of sum_j A_ij v_j / |p_i|
  *              dm_j  = tangent at m_j of sum_i A_ij u_i / |m_j|
  *              dx_n += sum over the clusters j of token n of dm_j / count_j
  *
- * Cosines, tangents and sums over tokens in slots are those of prototypical_routing.c. Only x and dx are
- * large: each is streamed once, a row at a time. */
+ * Cosines, tangents and sums over tokens in slots are those of prototypical_routing.c. Only x and dx
+ * are large: each is streamed once, a row at a time. */
 
 typedef struct {
     const pm_routing_contrastive_loss_args *g;
     const pm_routing_contrastive_loss_grads *d;
-    float *partial;           /* (slots, E, D) sums of x over clusters */
-    int32_t *partial_count;   /* (slots, E) */
-    float *centroid;          /* (E, D) */
-    int32_t *count;           /* (E) */
-    int32_t *valid;           /* (V) the clusters that are not empty, ascending */
+    float *partial;         /* (slots, E, D) sums of x over clusters */
+    int32_t *partial_count; /* (slots, E) */
+    float *centroid;        /* (E, D) */
+    int32_t *count;         /* (E) */
+    int32_t *valid;         /* (V) the clusters that are not empty, ascending */
     int64_t V;
-    float *pnorm, *mnorm;     /* (E) norms, only of valid clusters */
-    double *row_loss;         /* (V) -log prob_ii */
-    float *prob_row;          /* per worker (E): where prob goes when it is not saved */
-    float *dtoken;            /* (E, D) dm_j / count_j: what a member of cluster j adds to its dx */
-    float *dproto_row;        /* per worker (D) */
+    float *pnorm, *mnorm; /* (E) norms, only of valid clusters */
+    double *row_loss;     /* (V) -log prob_ii */
+    float *prob_row;      /* per worker (E): where prob goes when it is not saved */
+    float *dtoken;        /* (E, D) dm_j / count_j: what a member of cluster j adds to its dx */
+    float *dproto_row;    /* per worker (D) */
 } routing_contrastive_loss_job;
 
 /* Cuts scratch; returns how many bytes the cut takes. */
-static size_t routing_contrastive_loss_cut(const pm_ctx *ctx, const pm_routing_contrastive_loss_args *g,
-                                           bool backward, void *scratch, routing_contrastive_loss_job *j)
+static size_t routing_contrastive_loss_cut(const pm_ctx *ctx,
+                                           const pm_routing_contrastive_loss_args *g, bool backward,
+                                           void *scratch, routing_contrastive_loss_job *j)
 {
     char *start = scratch;
     size_t E = (size_t)g->E, D = (size_t)g->D, slots = (size_t)cosine_slots(g->N, g->E);
@@ -55,14 +56,15 @@ static size_t routing_contrastive_loss_cut(const pm_ctx *ctx, const pm_routing_c
 }
 
 static size_t routing_contrastive_loss_workspace(const pm_ctx *ctx,
-                                                 const pm_routing_contrastive_loss_args *g, bool backward)
+                                                 const pm_routing_contrastive_loss_args *g,
+                                                 bool backward)
 {
     routing_contrastive_loss_job j;
     return routing_contrastive_loss_cut(ctx, g, backward, (void *)64, &j); /* any aligned address */
 }
 
-/* The cluster of slot a of a token, or -1: empty and forced slots, and an expert that an earlier slot
- * names already. */
+/* The cluster of slot a of a token, or -1: empty and forced slots, and an expert that an earlier
+ * slot names already. */
 static inline int32_t routing_contrastive_loss_cluster(const int32_t *choice, int64_t a, int64_t E)
 {
     int32_t i = choice[a];
@@ -140,7 +142,8 @@ static void routing_contrastive_loss_row(void *arg, int64_t task, int worker)
     float largest = -INFINITY, scale = cosine_inverse(j->pnorm[i]) / (float)g->temperature;
     for (int64_t v = 0; v < j->V; v++) {
         int32_t k = j->valid[v];
-        prob[k] = cosine_dot(D, g->proto + i * D, j->centroid + k * D) * (scale * cosine_inverse(j->mnorm[k]));
+        prob[k] = cosine_dot(D, g->proto + i * D, j->centroid + k * D) *
+                  (scale * cosine_inverse(j->mnorm[k]));
         largest = prob[k] > largest ? prob[k] : largest;
     }
     for (int64_t v = 0; v < j->V; v++)
@@ -151,12 +154,14 @@ static void routing_contrastive_loss_row(void *arg, int64_t task, int worker)
     j->row_loss[task] = own;
 }
 
-static pm_status routing_contrastive_loss_forward(pm_ctx *ctx, const pm_routing_contrastive_loss_args *g,
+static pm_status routing_contrastive_loss_forward(pm_ctx *ctx,
+                                                  const pm_routing_contrastive_loss_args *g,
                                                   void *scratch)
 {
     int64_t E = g->E;
     if (!(g->temperature > 0.0))
-        return pm_fail(ctx, PM_EINVAL, "routing_contrastive_loss: temperature is %g, expected more than 0",
+        return pm_fail(ctx, PM_EINVAL,
+                       "routing_contrastive_loss: temperature is %g, expected more than 0",
                        g->temperature);
     routing_contrastive_loss_job j = {.g = g};
     routing_contrastive_loss_cut(ctx, g, false, scratch, &j);
@@ -178,12 +183,19 @@ static pm_status routing_contrastive_loss_forward(pm_ctx *ctx, const pm_routing_
 
 /* ---------------------------------------------------------------- backward */
 
-/* A_ij; what is common to all pairs is applied in float64, once. */
-static inline double routing_contrastive_loss_pair(const routing_contrastive_loss_job *j, int64_t i, int64_t k)
+/* A_ik. prob_ii - 1 would cancel as the clusters part, and is minus the sum of the rest of the row. */
+static double routing_contrastive_loss_pair(const routing_contrastive_loss_job *j, int64_t i,
+                                            int64_t k)
 {
     const pm_routing_contrastive_loss_args *g = j->g;
     double scale = (double)*j->d->dloss * g->weight / ((double)j->V * g->temperature);
-    return scale * ((double)g->prob[i * g->E + k] - (i == k));
+    const float *prob = g->prob + i * g->E;
+    if (i != k)
+        return scale * (double)prob[k];
+    double rest = 0.0;
+    for (int64_t v = 0; v < j->V; v++)
+        rest += j->valid[v] == i ? 0.0 : (double)prob[j->valid[v]];
+    return -scale * rest;
 }
 
 /* dproto of valid cluster i. */
@@ -236,8 +248,10 @@ static void routing_contrastive_loss_dx(void *arg, int64_t task, int worker)
         }
 }
 
-static pm_status routing_contrastive_loss_backward(pm_ctx *ctx, const pm_routing_contrastive_loss_args *g,
-                                                   const pm_routing_contrastive_loss_grads *d, void *scratch)
+static pm_status routing_contrastive_loss_backward(pm_ctx *ctx,
+                                                   const pm_routing_contrastive_loss_args *g,
+                                                   const pm_routing_contrastive_loss_grads *d,
+                                                   void *scratch)
 {
     routing_contrastive_loss_job j = {.g = g, .d = d};
     routing_contrastive_loss_cut(ctx, g, true, scratch, &j);
@@ -248,8 +262,8 @@ static pm_status routing_contrastive_loss_backward(pm_ctx *ctx, const pm_routing
         pm_parallel(ctx->pool, j.V, routing_contrastive_loss_dproto, &j);
     if (d->dx) {
         pm_parallel(ctx->pool, j.V, routing_contrastive_loss_dmean, &j);
-        pm_parallel(ctx->pool, pm_blocks(g->N, ROUTING_CONTRASTIVE_LOSS_BLOCK), routing_contrastive_loss_dx,
-                    &j);
+        pm_parallel(ctx->pool, pm_blocks(g->N, ROUTING_CONTRASTIVE_LOSS_BLOCK),
+                    routing_contrastive_loss_dx, &j);
     }
     return PM_OK;
 }

@@ -3,7 +3,8 @@
  * A counting sort of N*A slots by group. It is one task: it touches a few numbers per token, where
  * the layer that the plan is for multiplies thousands. */
 
-static size_t routing_plan_workspace(const pm_ctx *ctx, const pm_routing_plan_args *g, bool backward)
+static size_t routing_plan_workspace(const pm_ctx *ctx, const pm_routing_plan_args *g,
+                                     bool backward)
 {
     (void)ctx;
     return backward ? 0 : pm_round64((size_t)g->G * 4);
@@ -13,7 +14,8 @@ static pm_status routing_plan_forward(pm_ctx *ctx, const pm_routing_plan_args *g
 {
     int64_t N = g->N, A = g->A, G = g->G;
     if (N && A > INT32_MAX / N)
-        return pm_fail(ctx, PM_EINVAL, "routing_plan: %lld tokens with %lld slots, at most 2^31 - 1 rows",
+        return pm_fail(ctx, PM_EINVAL,
+                       "routing_plan: %lld tokens with %lld slots, at most 2^31 - 1 rows",
                        (long long)N, (long long)A);
 
     /* row_off[g+1] = rows of group g; a group that a token names twice is one row */
@@ -25,9 +27,10 @@ static pm_status routing_plan_forward(pm_ctx *ctx, const pm_routing_plan_args *g
         for (int64_t a = 0; a < A; a++) {
             int32_t group = g->choice[n * A + a];
             if (group < -1 || group >= G)
-                return pm_fail(ctx, PM_EINVAL,
-                               "routing_plan: choice of token %lld, slot %lld is %d, expected -1 to %lld",
-                               (long long)n, (long long)a, (int)group, (long long)(G - 1));
+                return pm_fail(
+                    ctx, PM_EINVAL,
+                    "routing_plan: choice of token %lld, slot %lld is %d, expected -1 to %lld",
+                    (long long)n, (long long)a, (int)group, (long long)(G - 1));
             if (group < 0 || last[group] == n)
                 continue;
             last[group] = (int32_t)n;
@@ -78,9 +81,10 @@ static pm_status routing_plan_backward(pm_ctx *ctx, const pm_routing_plan_args *
     for (int64_t k = 0; k < slots; k++) {
         int32_t row = g->choice_row[k];
         if (row < -1 || row >= slots)
-            return pm_fail(ctx, PM_EINVAL,
-                           "routing_plan: choice_row of token %lld, slot %lld is %d, expected -1 to %lld",
-                           (long long)(k / g->A), (long long)(k % g->A), (int)row, (long long)(slots - 1));
+            return pm_fail(
+                ctx, PM_EINVAL,
+                "routing_plan: choice_row of token %lld, slot %lld is %d, expected -1 to %lld",
+                (long long)(k / g->A), (long long)(k % g->A), (int)row, (long long)(slots - 1));
         d->dweight[k] = row < 0 ? 0.0f : d->drow_weight[row];
     }
     return PM_OK;

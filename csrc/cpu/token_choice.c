@@ -2,18 +2,20 @@
 
 #define TOKEN_CHOICE_BLOCK 1024 /* tokens per task */
 
-static size_t token_choice_workspace(const pm_ctx *ctx, const pm_token_choice_args *g, bool backward)
+static size_t token_choice_workspace(const pm_ctx *ctx, const pm_token_choice_args *g,
+                                     bool backward)
 {
     (void)ctx, (void)g, (void)backward;
     return 0;
 }
 
-/* Whether score a goes before b, which has the lower index: so a tie is no. A NaN goes before nothing. */
+/* Whether score a goes before b, which has the lower index: not on a tie. A NaN goes before nothing. */
 static inline bool token_choice_before(float a, float b) { return a > b || (b != b && a == a); }
 
-/* The A best of s[0..E), best first, by insertion: an expert that is not among the A best so far costs
- * one comparison. */
-static inline void token_choice_top(int64_t E, int64_t A, const float *s, int32_t *choice, float *weight)
+/* The A best of s[0..E), best first, by insertion: an expert that is not among the A best so far
+ * costs one comparison. */
+static inline void token_choice_top(int64_t E, int64_t A, const float *s, int32_t *choice,
+                                    float *weight)
 {
     for (int64_t i = 0; i < E; i++) {
         int64_t at = i;
@@ -58,8 +60,8 @@ static pm_status token_choice_forward(pm_ctx *ctx, const pm_token_choice_args *g
 {
     (void)scratch;
     if (g->A < 1 || g->A > g->E)
-        return pm_fail(ctx, PM_EINVAL, "token_choice: A is %lld, expected 1 to E = %lld", (long long)g->A,
-                       (long long)g->E);
+        return pm_fail(ctx, PM_EINVAL, "token_choice: A is %lld, expected 1 to E = %lld",
+                       (long long)g->A, (long long)g->E);
     pm_token_choice_args args = *g;
     pm_parallel(ctx->pool, pm_blocks(g->N, TOKEN_CHOICE_BLOCK), token_choice_task, &args);
     return PM_OK;
@@ -80,9 +82,10 @@ static pm_status token_choice_backward(pm_ctx *ctx, const pm_token_choice_args *
         for (int64_t a = 0; a < A; a++) {
             int32_t i = g->choice[n * A + a];
             if (i < 0 || i >= E)
-                return pm_fail(ctx, PM_EINVAL,
-                               "token_choice: choice of token %lld, slot %lld is %d, expected 0 to %lld",
-                               (long long)n, (long long)a, (int)i, (long long)(E - 1));
+                return pm_fail(
+                    ctx, PM_EINVAL,
+                    "token_choice: choice of token %lld, slot %lld is %d, expected 0 to %lld",
+                    (long long)n, (long long)a, (int)i, (long long)(E - 1));
             d->ds[n * E + i] = d->dweight[n * A + a];
         }
     }

@@ -5,10 +5,11 @@
  *   row_token[r], row_weight[r]  the token of row r and its mixing weight
  *   tok_off[n] .. tok_off[n+1]   the entries of token n in tok_row: its rows, in the order of slots
  *
- * R = N*A < 2^31. choice -1 is an empty slot; the same group twice in one token is one row with the sum of
- * the weights; a choice outside -1..G-1 is PM_EINVAL. Entries beyond the rows in use: row_token -1,
- * row_weight 0, tok_row -1. choice_row[n, a] = the row of the slot (-1 when empty; merged slots share one).
- * backward: dweight[n, a] = drow_weight[choice_row[n, a]]  (0 when empty); PM_EINVAL when that is no row. */
+ * R = N*A < 2^31. choice -1 is an empty slot; the same group twice in one token is one row with the
+ * sum of the weights; a choice outside -1..G-1 is PM_EINVAL. Entries beyond the rows in use: row_token
+ * -1, row_weight 0, tok_row -1. choice_row[n, a] = the row of the slot (-1 when empty; merged slots
+ * share one). backward: dweight[n, a] = drow_weight[choice_row[n, a]]  (0 when empty); a choice_row
+ * that is no row is PM_EINVAL. */
 #ifndef PM_OPS_ROUTING_PLAN_H
 #define PM_OPS_ROUTING_PLAN_H
 #define PM_ROUTING_PLAN(X)                                                                         \

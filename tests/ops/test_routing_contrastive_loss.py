@@ -86,6 +86,20 @@ def test_equal_logits_have_loss_ln_v():
         np.testing.assert_allclose(outs["prob"], 1 / V, rtol=4 * ULP)
 
 
+def test_gradients_keep_their_digits_as_the_clusters_part():
+    """prob_ii is 1 to the last bit or two; 1 - prob_ii, which the gradient is made of, is not lost."""
+    inputs = make(OP, "wide") | {"temperature": 0.06}
+    centre = 10 * inputs["proto"] / np.linalg.norm(inputs["proto"], axis=1, keepdims=True)
+    inputs["x"] = (centre[inputs["choice"][:, 0]] + 0.01 * inputs["x"]).astype(np.float32)
+    outs = ops.routing_contrastive_loss_forward(**inputs)
+    assert (1 - np.diag(outs["prob"]) < 2e-6).all()
+    got = gradients(inputs, outs)
+    truth = oracle(OP).backward(**cast(inputs, np.float64), dloss=np.ones(1))
+    for name in ("dx", "dproto"):  # a relative error of a logit's rounding; naively, it is a few percent
+        bound = 16 / 0.06 * ULP * np.abs(truth[name]).max()
+        assert np.abs(got[name] - truth[name]).max() <= bound, name
+
+
 @pytest.mark.parametrize("case", ["one_cluster", "all_on_one", "all_forced", "no_token"])
 def test_fewer_than_two_clusters(case):
     inputs, got = make(OP, case), run(OP, case)
