@@ -617,7 +617,8 @@ class Model:
         clip : float or None
             Largest norm of the whole gradient; 0 or None: no clip.
         ema : float or None
-            Decay of the moving average; None leaves the average as it is.
+            Decay of the moving average. None leaves it as it is; while there never was one it is the
+            parameters, and takes no memory.
 
         Returns
         -------
@@ -625,8 +626,8 @@ class Model:
 
         Notes
         -----
-        An absent gradient counts as zero (PyTorch would leave the tensor alone). The EMA begins as a
-        copy of the parameters before the first update. Never interrupted: Ctrl-C is answered afterwards.
+        An absent gradient counts as zero (PyTorch would leave the tensor alone). The average begins as
+        a copy of the parameters before the update. Never interrupted: Ctrl-C is answered afterwards.
         """
         where = "Model.update"
         try:
