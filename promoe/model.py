@@ -120,6 +120,8 @@ def _batch(where, name, value, sample_shape):
 def _labels(where, name, value, count=None):
     """int64 labels, (count,); a single one holds for every sample."""
     array = np.asarray(value)
+    if array.size == 0:
+        raise ValueError(f"{where}: {name} is empty; at least one label is expected")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{where}: {name} has dtype {array.dtype}; integers are expected")
     if array.ndim == 0 and count is not None:
@@ -127,8 +129,6 @@ def _labels(where, name, value, count=None):
     if array.ndim != 1 or (count is not None and len(array) != count):
         raise ValueError(f"{where}: {name} has shape {array.shape}; "
                          f"({'n' if count is None else count},) is expected")
-    if len(array) == 0:
-        raise ValueError(f"{where}: {name} is empty; at least one label is expected")
     if array.dtype == np.uint64:  # what int64 cannot hold is out of range all the same
         array = np.minimum(array, np.uint64(2**63 - 1))
     return np.ascontiguousarray(array, np.int64)

@@ -283,7 +283,8 @@ static pm_status fill(pm_ctx *ctx, pm_model *m)
 {
     PM_TRY(pm_layout_make(ctx, &m->cfg, &m->layout));
     m->acts.blocks = pm_os_alloc((size_t)m->cfg.depth * sizeof *m->acts.blocks);
-    if (!m->acts.blocks)
+    m->host_numbers = pm_os_alloc(numbers_bytes(&m->cfg));
+    if (!m->acts.blocks || !m->host_numbers)
         return pm_fail(ctx, PM_ENOMEM, "no memory for the model");
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_PARAM));
     if (m->layout.derived > 0)
@@ -325,9 +326,11 @@ void pm_model_close(pm_ctx *ctx, pm_model *m)
     give_memory(ctx, m->arena, m->arena_bytes);
     if (m->acts.blocks)
         pm_os_free(m->acts.blocks, (size_t)m->cfg.depth * sizeof *m->acts.blocks);
+    if (m->host_numbers)
+        pm_os_free(m->host_numbers, numbers_bytes(&m->cfg));
     m->derived = m->ema_derived = m->arena = NULL;
     m->foff = NULL;
-    m->numbers = NULL;
+    m->numbers = m->host_numbers = NULL;
     m->arena_bytes = 0;
     m->acts = (pm_acts){0};
 }

@@ -25,6 +25,7 @@ struct pm_model {
     bool ema_derived_fresh;
     int32_t *foff;          /* dense (2), then experts (G+S+1) */
     pm_step_numbers *numbers; /* and PM_LOSS_SLOTS * pm_loss_count floats behind */
+    pm_step_numbers *host_numbers; /* where they are read to: host memory */
 
     /* one arena for activations and scratch, for the batch size and mode seen last */
     char *arena;

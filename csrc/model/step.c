@@ -3,8 +3,6 @@
 
 #include <math.h>
 
-#include "../base/os.h"
-
 pm_status pm_check_labels(pm_ctx *ctx, const pm_config *cfg, int64_t B, const int64_t *y)
 {
     const int64_t rows = pm_label_rows(cfg);
@@ -122,28 +120,22 @@ static void add_losses(const pm_config *c, const float *losses, double *mse, dou
         *aux += losses[i];
 }
 
-/* Brings the waiting losses to the host's sums; norm, when it is asked for, in the same copy. */
-static pm_status fetch_losses(pm_ctx *ctx, pm_model *m, double *norm)
+/* Brings the norm and the waiting losses to the host, in one copy. */
+static pm_status fetch_numbers(pm_ctx *ctx, pm_model *m)
 {
     const int64_t count = pm_loss_count(&m->cfg);
-    const size_t bytes = sizeof(pm_step_numbers) + (size_t)(m->slots * count) * sizeof(float);
-    pm_step_numbers *host = pm_os_alloc(bytes);
-    if (!host)
-        return pm_fail(ctx, PM_ENOMEM, "no memory for the losses");
-    const pm_status status = ctx->backend->read(ctx, host, m->numbers, bytes);
-    for (int slot = 0; slot < m->slots && status == PM_OK; slot++) {
+    PM_TRY(ctx->backend->read(ctx, m->host_numbers, m->numbers,
+                              sizeof *m->numbers + (size_t)(m->slots * count) * sizeof(float)));
+    const float *losses = (const float *)(m->host_numbers + 1);
+    for (int slot = 0; slot < m->slots; slot++) {
         double mse, aux;
-        add_losses(&m->cfg, (const float *)(host + 1) + slot * count, &mse, &aux);
+        add_losses(&m->cfg, losses + slot * count, &mse, &aux);
         m->mse += m->slot_scale[slot] * mse;
         m->aux += m->slot_scale[slot] * aux;
         m->weight += m->slot_scale[slot];
     }
-    if (norm)
-        *norm = host->norm;
-    pm_os_free(host, bytes);
-    if (status == PM_OK)
-        m->slots = 0;
-    return status;
+    m->slots = 0;
+    return PM_OK;
 }
 
 /* Forward, loss, and grad += scale * gradient. *touched: the gradients are no longer what they were. */
@@ -182,7 +174,7 @@ pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_GRAD));
     PM_TRY(pm_need_acts(ctx, m, B, PM_TRAINING));
     if (m->slots == PM_LOSS_SLOTS)
-        PM_TRY(fetch_losses(ctx, m, NULL));
+        PM_TRY(fetch_numbers(ctx, m));
     pm_run r = pm_model_run(ctx, m);
     r.losses = pm_loss_slot(m, m->slots);
     PM_TRY(draw(&r, m, x0, y, position));
@@ -211,51 +203,44 @@ static pm_status add_to_slab(pm_ctx *ctx, pm_model *m, const float *more)
     return PM_OK;
 }
 
+static pm_status loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
+                               const int64_t *y, const float *target, float *own, double losses[2],
+                               float *grad)
+{
+    PM_TRY(pm_need_acts(ctx, m, B, PM_TRAINING));
+    if (m->slots == PM_LOSS_SLOTS)
+        PM_TRY(fetch_numbers(ctx, m));
+    pm_run r = pm_model_run(ctx, m);
+    r.losses = pm_loss_slot(m, m->slots);
+    PM_TRY(write_inputs(&r, x, t, y));
+    PM_WRITE(ctx, m->acts.target, target, B * m->cfg.channels * pm_voxels(&m->cfg));
+    bool touched;
+    PM_TRY(forward_backward(&r, 1, own, &touched));
+    float *const host = (float *)(m->host_numbers + 1);
+    PM_READ(ctx, host, r.losses, pm_loss_count(&m->cfg));
+    add_losses(&m->cfg, host, &losses[0], &losses[1]);
+    PM_READ(ctx, grad, own, m->layout.train);
+    return PM_OK;
+}
+
 pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
                                  const int64_t *y, const float *target, bool accumulate, double losses[2],
                                  float *grad)
 {
-    const size_t slab = (size_t)m->layout.train * sizeof(float);
-    const int64_t count = pm_loss_count(&m->cfg);
-    float *own = NULL, *host = NULL; /* the gradient of this call; its losses */
-    pm_status status = PM_OK;
-    bool touched = false;
-#define STEP(call)                                                                                 \
-    if ((status = (call)) != PM_OK)                                                                \
-    goto done
+    PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
     if (accumulate) {
-        STEP(refuse_incomplete(ctx, m));
-        STEP(pm_need_slab(ctx, m, PM_SLAB_GRAD));
+        PM_TRY(refuse_incomplete(ctx, m));
+        PM_TRY(pm_need_slab(ctx, m, PM_SLAB_GRAD));
     }
-    STEP(pm_check_labels(ctx, &m->cfg, B, y));
-    STEP(pm_need_acts(ctx, m, B, PM_TRAINING));
-    if (m->slots == PM_LOSS_SLOTS)
-        STEP(fetch_losses(ctx, m, NULL));
-    STEP(pm_take_memory(ctx, slab, "the gradients of this call", &own));
-    host = pm_os_alloc((size_t)count * sizeof *host);
-    if (!host) {
-        status = pm_fail(ctx, PM_ENOMEM, "no memory for the losses");
-        goto done;
-    }
-    pm_run r = pm_model_run(ctx, m);
-    r.losses = pm_loss_slot(m, m->slots);
-    STEP(write_inputs(&r, x, t, y));
-    STEP(ctx->backend->write(ctx, m->acts.target, target,
-                             (size_t)(B * m->cfg.channels * pm_voxels(&m->cfg)) * sizeof *target));
-    STEP(forward_backward(&r, 1, own, &touched));
-    STEP(ctx->backend->read(ctx, host, r.losses, (size_t)count * sizeof *host));
-    add_losses(&m->cfg, host, &losses[0], &losses[1]);
-    STEP(ctx->backend->read(ctx, grad, own, slab));
-    if (accumulate) {
-        STEP(add_to_slab(ctx, m, grad));
+    const size_t bytes = (size_t)m->layout.train * sizeof(float);
+    float *own; /* the gradient of this call */
+    PM_TRY(pm_take_memory(ctx, bytes, "the gradients of this call", &own));
+    pm_status status = loss_and_grad(ctx, m, B, x, t, y, target, own, losses, grad);
+    ctx->backend->free(ctx, own, bytes);
+    if (status == PM_OK && accumulate) {
+        status = add_to_slab(ctx, m, grad);
         m->slot_scale[m->slots++] = 1;
     }
-#undef STEP
-done:
-    if (own)
-        ctx->backend->free(ctx, own, slab);
-    if (host)
-        pm_os_free(host, (size_t)count * sizeof *host);
     return status;
 }
 
@@ -287,10 +272,7 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
     r.scratch_bytes = 0;
     PM_TRY(optimize(&r, m, o->has_ema));
     PM_TRY(pm_need_arena(ctx, m, r.scratch_bytes));
-    /* The loss sums need host memory, the last thing that can be missing. */
-    double norm = 0;
-    PM_TRY(fetch_losses(ctx, m, NULL));
-
+    /* Nothing is missing now. */
     const double hyper[PM_HYPER_COUNT] = {
         [PM_HYPER_LR] = o->lr, [PM_HYPER_BETA1] = o->beta1, [PM_HYPER_BETA2] = o->beta2,
         [PM_HYPER_EPS] = o->eps, [PM_HYPER_WEIGHT_DECAY] = o->weight_decay, [PM_HYPER_CLIP] = o->clip,
@@ -299,7 +281,8 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
     r.dry = false;
     r.scratch = m->arena;
     PM_TRY(optimize(&r, m, o->has_ema));
-    PM_READ(ctx, &norm, &m->numbers->norm, 1);
+    PM_TRY(fetch_numbers(ctx, m));
+    const double norm = m->host_numbers->norm;
     const bool skipped = !isfinite(norm);
     if (skipped) {
         m->skipped++;

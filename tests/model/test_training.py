@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import promoe
+from promoe import ops
 from tests.model import oracle
 from tests.model.common import SMALL, assert_gradients, batch, golden, golden_model, relative, small_model
 from tests.oracle import adamw, rectified_flow
@@ -32,15 +33,14 @@ def assert_same(a, b):
 # ---------------------------------------------------------------- against float64
 
 
-def draws(model, x, y, position):
-    """Inputs of a step in float64, rounded as the core keeps them."""
+def draws(model, x, y, position, forward=rectified_flow.forward, dtype=np.float64):
+    """Inputs of a step: those of the oracle in float64, or the core's own."""
     c, o = model.config, model.objective
-    out = rectified_flow.forward(
-        x.reshape(len(x), c.in_channels, -1).astype(np.float64), np.asarray(y), np.array([model.seed, position]),
+    out = forward(
+        x.reshape(len(x), c.in_channels, -1).astype(dtype), np.asarray(y), np.array([model.seed, position]),
         density=o.density, logit_mean=o.logit_mean, logit_std=o.logit_std, sigmoid_scale=o.sigmoid_scale,
         shift=o.shift, drop_prob=c.class_dropout_prob, null_label=c.num_classes)
-    shape = x.shape
-    return out["xt"].reshape(shape), out["t"], out["label"], out["target"].reshape(shape)
+    return out["xt"].reshape(x.shape), out["t"], out["label"], out["target"].reshape(x.shape)
 
 
 def test_five_updates_against_float64():
@@ -53,9 +53,9 @@ def test_five_updates_against_float64():
     avg = param.copy()
     for step in range(1, 6):
         x, y = data(config, 4, seed=step)
-        xt, t, label, target = draws(model, x, y, position=100 * step)
+        xt, t, label, target = draws(model, x, y, 100 * step, ops.rectified_flow_forward, np.float32)
         truth = oracle.Model(config, state)
-        truth.run(xt, t.astype(np.float32), label, target)
+        truth.run(xt, t, label, target)
         grad = flat(truth.grads)
         norm = np.sqrt((grad**2).sum())
         options = dict(zip(("beta1", "beta2"), OPTIONS["betas"]), **{
@@ -67,11 +67,10 @@ def test_five_updates_against_float64():
                           for k, s in model.grad_index.items()}, truth.grads, 2e-5)
         info = model.update(**OPTIONS)
         assert info.step == model.step == step and not info.skipped
-        # t of the core is a few ulp of 1000 away, which moves the fastest sinusoid by 1e-4
-        assert info.mse == pytest.approx(truth.mse, rel=1e-5)
-        assert info.aux == pytest.approx(truth.aux_loss, rel=1e-5, abs=1e-5)
+        assert info.mse == pytest.approx(truth.mse, rel=2e-6)
+        assert info.aux == pytest.approx(truth.aux_loss, rel=2e-6, abs=4e-6)
         assert info.loss == info.mse + info.aux
-        assert info.grad_norm == pytest.approx(norm, rel=2e-5)
+        assert info.grad_norm == pytest.approx(norm, rel=2e-6)
         assert not model.gradients().any()
 
         # Adam divides by sqrt(v): where a gradient is rounding noise (the bias of the keys) the step is noise,
@@ -191,9 +190,9 @@ def test_the_gradient_of_accumulate_is_that_of_its_draws():
     xt, t, label, target = draws(model, x, y, 77)
     r = model.loss_and_grad(xt, t, label, target)
     for name, place in model.grad_index.items():
-        assert relative(model.gradients()[place].reshape(r.grads[name].shape), r.grads[name]) <= 1e-4, name
-    info = model.update()
-    assert info.loss == pytest.approx(r.loss, rel=2e-6)
+        # the core's t is up to some ulp of 1000 away, which moves the fastest sinusoid by 1e-4
+        assert relative(model.gradients()[place].reshape(r.grads[name].shape), r.grads[name]) <= 1e-3, name
+    assert model.update().loss == pytest.approx(r.loss, rel=1e-5)
 
 
 def test_draws_follow_the_position_and_the_seed():
