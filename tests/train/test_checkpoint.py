@@ -213,8 +213,7 @@ for name in ("fsync", "rename", "open", "unlink", "rmdir"):
     deadly(name)
 from tests.train.common import run
 count = 0
-run({out!r}, 10, keep_last=1)
-print(count)
+run({out!r}, 10, keep_last=1, on_step=lambda step, info: print(count, flush=True))
 """
 
 
@@ -231,10 +230,11 @@ def killed_run(out, at):
 @pytest.mark.slow
 def test_killed_at_any_point_of_a_save(uninterrupted, tmp_path):
     """kill -9 at every fsync, rename, open and unlink of a run; it then ends as if nothing had been."""
-    calls = int(killed_run(tmp_path / "count", 10**9).stdout)
-    assert calls > 40
-    rng = np.random.default_rng(0)
-    for at in sorted(rng.choice(np.arange(1, calls + 1), 12, replace=False)):
+    calls = list(map(int, killed_run(tmp_path / "count", 10**9).stdout.split()))  # after each step
+    save = range(calls[2] + 1, calls[3] + 1)  # those of the save at step 4, old checkpoint removed
+    assert len(save) > 12
+    others = np.random.default_rng(0).choice(calls[0], 4, replace=False) + 1  # of the first one
+    for at in (*save, *others):
         out = tmp_path / str(at)
         done = killed_run(out, at)
         assert done.returncode == -signal.SIGKILL, done.stderr

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import promoe
+from promoe.data import Order
 from promoe.folder import Log
 from tests.train.common import (
     CONFIG,
@@ -63,6 +64,19 @@ def test_threads_and_log_interval_do_not_change_the_run(whole, tmp_path):
     assert state(result.model) == state(whole.model)
     assert losses(result) == [losses(whole)[i] for i in (2, 5, 8, 9)]
     assert checkpoint_steps(result.out) == [10]
+
+
+def test_the_loop_by_hand(whole):
+    x, y = promoe.load_digits()
+    order = Order(len(x), seed=7)
+    model = promoe.Model(CONFIG, seed=7)
+    for step in range(10):
+        indices, _ = order.at(6 * step, 6)
+        model.accumulate(x[indices], y[indices], 6 * step)
+        info = model.update(lr=2e-3, ema=0.9)
+        assert info.loss == whole.history[step]["loss"]
+        assert info.grad_norm == whole.history[step]["grad_norm"]
+    assert state(model) == state(whole.model)
 
 
 def test_micro_batches_add_up(tmp_path):
