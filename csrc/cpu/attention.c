@@ -1,16 +1,17 @@
 /* attention: contract in ops/attention.h.
  *
- * A task is one head of one image: its K and V, packed, stay in L2 and the scores of a few query rows
- * in L1, so the [T, T] matrix never exists. Whole rows of scores fit, so softmax needs no online
- * rescaling: maximum, then exponentials and their sum. Every product runs on register tiles like those
- * of product.h, over panels of 2 vectors; the last panel has 1 where that is enough (K = 72). */
+ * A task is one head of one image: its K and V, packed, stay in L2 and the scores of a few query
+ * rows in L1, so the [T, T] matrix never exists. Whole rows of scores fit, so softmax needs no
+ * online rescaling: maximum, then exponentials and their sum. Every product runs on register tiles
+ * like those of product.h, over panels of 2 vectors; the last panel has 1 where that is enough, as
+ * for K = 72. */
 
 /* ---------------------------------------------------------------- tiles
  *
  * As product_tile, for what attention needs beside it:
  *   attention_tile_rows    panels of 1 vector, left rows by pointer
- *   attention_tile_cols    panels of 1 or 2 vectors, the left operand transposed: c[i] += sum over kk of
- *                          a[kk*lda + i] * panel[kk] (dk and dv contract over the query rows) */
+ *   attention_tile_cols    panels of 1 or 2 vectors, the left operand transposed: c[i] += sum over
+ *                          kk of a[kk*lda + i] * panel[kk]; dk and dv contract over query rows */
 
 #define ATTENTION_TILE(m)                                                                          \
     static void attention_tile_rows_##m(int64_t k, const float *const *a, const float *panel,      \
@@ -18,45 +19,56 @@
     {                                                                                              \
         vf t[m];                                                                                   \
         const float *r[m];                                                                         \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) r[i] = a[i], t[i] = v_zero();         \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++)                                                                \
+            r[i] = a[i], t[i] = v_zero();                                                          \
         for (int64_t kk = 0; kk < k; kk++) {                                                       \
             vf b = v_load(panel + kk * PM_WIDTH);                                                  \
-            _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) t[i] =                            \
-                v_fma(v_set(r[i][kk]), b, t[i]);                                                   \
+            _Pragma("GCC unroll 16")                                                               \
+            for (int i = 0; i < m; i++)                                                            \
+                t[i] = v_fma(v_set(r[i][kk]), b, t[i]);                                            \
         }                                                                                          \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) v_store(c + i * ldc, t[i]);           \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++)                                                                \
+            v_store(c + i * ldc, t[i]);                                                            \
     }                                                                                              \
     static void attention_tile_cols1_##m(int64_t k, const float *a, int64_t lda,                   \
                                          const float *panel, float *c, int64_t ldc)                \
     {                                                                                              \
         vf t[m];                                                                                   \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) t[i] = v_load(c + i * ldc);           \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++)                                                                \
+            t[i] = v_load(c + i * ldc);                                                            \
         for (int64_t kk = 0; kk < k; kk++, a += lda) {                                             \
             vf b = v_load(panel + kk * PM_WIDTH);                                                  \
-            _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) t[i] = v_fma(v_set(a[i]), b, t[i]); \
+            _Pragma("GCC unroll 16")                                                               \
+            for (int i = 0; i < m; i++)                                                            \
+                t[i] = v_fma(v_set(a[i]), b, t[i]);                                                \
         }                                                                                          \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++) v_store(c + i * ldc, t[i]);           \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++)                                                                \
+            v_store(c + i * ldc, t[i]);                                                            \
     }                                                                                              \
     static void attention_tile_cols2_##m(int64_t k, const float *a, int64_t lda,                   \
                                          const float *panel, float *c, int64_t ldc)                \
     {                                                                                              \
         vf t[m][2];                                                                                \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
-        {                                                                                          \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++) {                                                              \
             t[i][0] = v_load(c + i * ldc);                                                         \
             t[i][1] = v_load(c + i * ldc + PM_WIDTH);                                              \
         }                                                                                          \
         for (int64_t kk = 0; kk < k; kk++, a += lda) {                                             \
             vf b0 = v_load(panel + kk * PM_NR), b1 = v_load(panel + kk * PM_NR + PM_WIDTH);        \
-            _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
-            {                                                                                      \
+            _Pragma("GCC unroll 16")                                                               \
+            for (int i = 0; i < m; i++) {                                                          \
                 vf x = v_set(a[i]);                                                                \
                 t[i][0] = v_fma(x, b0, t[i][0]);                                                   \
                 t[i][1] = v_fma(x, b1, t[i][1]);                                                   \
             }                                                                                      \
         }                                                                                          \
-        _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
-        {                                                                                          \
+        _Pragma("GCC unroll 16")                                                                   \
+        for (int i = 0; i < m; i++) {                                                              \
             v_store(c + i * ldc, t[i][0]);                                                         \
             v_store(c + i * ldc + PM_WIDTH, t[i][1]);                                              \
         }                                                                                          \
@@ -68,13 +80,13 @@
 #endif
 ATTENTION_ALL(ATTENTION_TILE)
 
-/* Query rows that go through the products and the softmax together: their scores are in L1 at T = 256. */
+/* Query rows that go through products and softmax together: at T = 256 their scores are in L1. */
 #define ATTENTION_ROWS (PM_MR == 14 ? 28 : 24)
 
 typedef void (*attention_rows_fn)(int64_t k, const float *const *a, const float *panel, float *c,
                                   int64_t ldc);
-typedef void (*attention_cols_fn)(int64_t k, const float *a, int64_t lda, const float *panel, float *c,
-                                  int64_t ldc);
+typedef void (*attention_cols_fn)(int64_t k, const float *a, int64_t lda, const float *panel,
+                                  float *c, int64_t ldc);
 #define ATTENTION_ENTRY(m) [m] = attention_tile_rows_##m,
 #define ATTENTION_ENTRY1(m) [m] = attention_tile_cols1_##m,
 #define ATTENTION_ENTRY2(m) [m] = attention_tile_cols2_##m,
@@ -84,8 +96,8 @@ static const attention_cols_fn attention_tile_cols2[PM_MR + 1] = {ATTENTION_ALL(
 
 /* ---------------------------------------------------------------- panels
  *
- * The panels of n columns and k rows: panel p, of columns p*PM_NR on, is at p*PM_NR*k and has 2 vectors,
- * or 1 if its columns fit. Columns past n are zero. */
+ * The panels of n columns and k rows: panel p, of columns p*PM_NR on, is at p*PM_NR*k and has 2
+ * vectors, or 1 if its columns fit. Columns past n are zero. */
 
 static inline int64_t attention_pad(int64_t n) { return pm_blocks(n, PM_WIDTH) * PM_WIDTH; }
 static inline int64_t attention_vectors(int64_t n, int64_t p) { return n - p > PM_WIDTH ? 2 : 1; }
@@ -105,13 +117,14 @@ static void attention_pack_transposed(int64_t n, int64_t k, const float *x, int6
             const float *from = x + j * ld + i;
             vf row[PM_WIDTH];
             if (rows == PM_WIDTH && k - i >= PM_WIDTH) {
-                _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
-                {
+                _Pragma("GCC unroll 16")
+                for (int l = 0; l < PM_WIDTH; l++) {
                     __builtin_prefetch(from + (l + ATTENTION_AHEAD) * ld);
                     row[l] = v_load(from + l * ld) * v_set(scale);
                 }
                 v_transpose(row);
-                _Pragma("GCC unroll 16") for (int l = 0; l < PM_WIDTH; l++)
+                _Pragma("GCC unroll 16")
+                for (int l = 0; l < PM_WIDTH; l++)
                     v_store(out + (i + l) * width, row[l]);
             } else {
                 for (int l = 0; l < PM_WIDTH; l++)
@@ -178,8 +191,8 @@ static void attention_product_transposed(int64_t m, const float *a, int64_t lda,
 
 /* ---------------------------------------------------------------- softmax pieces */
 
-/* exp for x <= 0, relative error 1e-7 (1 + |x| / 4); below -87.3 it is 2^-126, about 1e-38; NaN stays NaN.
- * exp(x) = 2^n 2^r; 2^r on [-1/2, 1/2] is the minimax polynomial that is exactly 1 at 0. */
+/* exp for x <= 0, relative error 1e-7 (1 + |x| / 4); below -87.3 it is 2^-126, about 1e-38; NaN
+ * stays NaN. exp(x) = 2^n 2^r; 2^r on [-1/2, 1/2] is the minimax polynomial that is 1 at 0. */
 static inline vf attention_exp(vf x)
 {
     const vf magic = v_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
@@ -195,7 +208,8 @@ static inline vf attention_exp(vf x)
     return p * (vf)(((vi)shifted << 23) + (127 << 23));
 }
 
-/* Scores to exponentials, in place: s[t] = exp(s[t] - max). Returns their sum. s has padded T floats. */
+/* Scores to exponentials, in place: s[t] = exp(s[t] - max). Returns their sum. s is padded to whole
+ * vectors. */
 static inline float attention_softmax(int64_t T, float *s, float *max_out)
 {
     const int64_t padded = attention_pad(T);
@@ -227,7 +241,7 @@ typedef struct {
     float eps;
 } attention_norm;
 
-/* rows x[t] of K to out[t] = xhat * weight + bias; with stats, stats[t] = mean, stats[rows + t] = rstd. */
+/* rows x[t] of K to out[t] = xhat * weight + bias. stats, unless NULL: [2, rows], mean and rstd. */
 static void attention_normalise(const attention_norm *norm, int64_t rows, int64_t K, const float *x,
                                 int64_t ldx, float *out, int64_t ldo, float *stats)
 {
@@ -243,7 +257,8 @@ static void attention_normalise(const attention_norm *norm, int64_t rows, int64_
         const float rstd = 1.0f / sqrtf(v_sum(squares) / (float)K + norm->eps);
         for (int64_t i = 0; i < K; i += PM_WIDTH) {
             vf xhat = (v_get(x + i, K - i) - v_set(mean)) * v_set(rstd);
-            v_put(out + i, v_fma(xhat, v_get(norm->weight + i, K - i), v_get(norm->bias + i, K - i)), K - i);
+            v_put(out + i,
+                  v_fma(xhat, v_get(norm->weight + i, K - i), v_get(norm->bias + i, K - i)), K - i);
         }
         if (stats) {
             stats[t] = mean;
@@ -252,11 +267,12 @@ static void attention_normalise(const attention_norm *norm, int64_t rows, int64_
     }
 }
 
-/* The gradient of one such row: up (padded K floats, zero past K) to dx, and the slots dweight, dbias
- * (+=, padded K). dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = up * weight. */
-static inline void attention_normalise_backward(const attention_norm *norm, int64_t K, const float *x,
-                                                float mean, float rstd, const float *up, float *dx,
-                                                float *dweight, float *dbias)
+/* The gradient of one such row: up (padded K floats, 0 past K) to dx, and to the slots dweight and
+ * dbias (+=, padded K). dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = up * weight. */
+static inline void attention_normalise_backward(const attention_norm *norm, int64_t K,
+                                                const float *x, float mean, float rstd,
+                                                const float *up, float *dx, float *dweight,
+                                                float *dbias)
 {
     vf sum = v_zero(), dot = v_zero();
     for (int64_t i = 0; i < K; i += PM_WIDTH) {
@@ -279,9 +295,9 @@ static inline void attention_normalise_backward(const attention_norm *norm, int6
 
 /* ---------------------------------------------------------------- tasks */
 
-#define ATTENTION_FLOPS ((int64_t)1 << 20) /* of a task, at least: heads of few tokens are grouped */
-#define ATTENTION_TASKS 32                 /* wanted: few heads are split by query rows (forward) */
-#define ATTENTION_SCORES 24576             /* of a block of query rows: 96 KiB, in L2 */
+#define ATTENTION_FLOPS 1048576 /* of a task, at least: small heads are grouped */
+#define ATTENTION_TASKS 32      /* wanted: few heads are split by query rows (forward) */
+#define ATTENTION_SCORES 24576  /* of a block of query rows: 96 KiB, in L2 */
 
 typedef struct {
     const pm_attention_args *g;
@@ -310,7 +326,7 @@ static attention_job attention_plan(const pm_attention_args *g, bool backward)
     /* an odd number of cache lines: rows of scores do not fall into the same sets of L1 */
     j.ld = pm_blocks(j.Tp, 16) * 16;
     j.ld += j.ld / 16 % 2 ? 0 : 16;
-    if (!backward && heads && heads < ATTENTION_TASKS) /* packing is repeated: parts of 64 rows or more */
+    if (!backward && heads && heads < ATTENTION_TASKS) /* each part packs again: 64 rows or more */
         j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), T / 64));
     j.items = heads * j.parts;
     j.group = pm_max(1, ATTENTION_FLOPS / pm_max(1, flops / j.parts));
@@ -318,15 +334,18 @@ static attention_job attention_plan(const pm_attention_args *g, bool backward)
     j.block = pm_blocks(T, pm_max(1, blocks));
     const bool norm = g->q_weight;
     if (!backward) {
-        j.bytes = 2 * attention_floats(T * j.Kp) * norm                        /* q, k */
-                  + attention_floats(j.Tp * K) + attention_floats(T * j.Kp)    /* panels of k^T, v */
-                  + attention_floats(ATTENTION_ROWS * (j.ld + j.Kp));              /* scores, y */
+        j.bytes = 2 * attention_floats(T * j.Kp) * norm;                    /* q, k */
+        j.bytes += attention_floats(j.Tp * K) + attention_floats(T * j.Kp); /* panels: k^T, v */
+        j.bytes += attention_floats(ATTENTION_ROWS * j.ld);                 /* scores */
+        j.bytes += attention_floats(ATTENTION_ROWS * j.Kp);                 /* y */
     } else {
-        j.bytes = 2 * (attention_floats(T * j.Kp) + attention_floats(2 * T)) * norm /* q, k, statistics */
-                  + 2 * attention_floats(j.Tp * K) + attention_floats(T * j.Kp)     /* k^T, v^T, k */
-                  + 2 * attention_floats(j.block * j.ld)                            /* p, ds */
-                  + 2 * attention_floats(j.block * j.Kp)                            /* q, dy */
-                  + 2 * attention_floats(T * j.Kp) + attention_floats(ATTENTION_ROWS * j.Kp); /* dk, dv, dq */
+        j.bytes = 2 * attention_floats(T * j.Kp) * norm;                        /* q, k */
+        j.bytes += 2 * attention_floats(2 * T) * norm;                          /* mean, rstd */
+        j.bytes += 2 * attention_floats(j.Tp * K) + attention_floats(T * j.Kp); /* k^T, v^T; k */
+        j.bytes += 2 * attention_floats(j.block * j.ld);                        /* p, ds */
+        j.bytes += 2 * attention_floats(j.block * j.Kp);                        /* q, dy */
+        j.bytes += 2 * attention_floats(T * j.Kp);                              /* dk, dv */
+        j.bytes += attention_floats(ATTENTION_ROWS * j.Kp);                     /* dq */
     }
     return j;
 }
@@ -381,7 +400,7 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
             float max, sum = attention_softmax(T, s + i * j->ld, &max);
             inverse[i] = 1.0f / sum;
             if (g->lse)
-                g->lse[head * T + t + i] = max + logf(sum); /* >= max: backward's exponents are <= 0 */
+                g->lse[head * T + t + i] = max + logf(sum); /* >= max */
         }
 
         /* 4. y = exp(s - max) v / sum */
@@ -420,8 +439,8 @@ static pm_status attention_forward(pm_ctx *ctx, const pm_attention_args *g, void
  *   dv = p^T dy;  dp = dy v^T;  ds = p * (dp - delta) / sqrt(K);  dq = ds k;  dk = ds^T q
  * In blocks of query rows; dk and dv of the head sum over the blocks in order. */
 
-/* p and ds of one row, in place: s to p, dp to ds (without the factor 1 / sqrt(K)). p is divided by its
- * sum, which is 1 but for the rounding of lse (where scores are large, that is not small), and delta is
+/* p and ds of one row, in place: s to p, dp to ds (without the factor 1 / sqrt(K)). p is divided by
+ * its sum, which is 1 but for the rounding of lse (not small where scores are large), and delta is
  * taken from p and dp themselves, so that ds sums to 0 as well as float32 can. */
 static inline void attention_softmax_backward(int64_t T, float *s, float *dp, float lse)
 {
@@ -444,10 +463,11 @@ static inline void attention_softmax_backward(int64_t T, float *s, float *dp, fl
     }
 }
 
-/* m rows of dq or dk from the products: times 1 / sqrt(K), and back through the LayerNorm if there is
- * one. x: the rows of q or k in qkv; slot: dweight, dbias; stats: mean and rstd (T apart); row: the first. */
-static void attention_finish(const attention_job *j, int64_t m, float *product, const float *x, float *dx,
-                             const attention_norm *norm, float *slot, const float *stats, int64_t row)
+/* m rows of dq or dk, from row on, out of the products: times 1 / sqrt(K), and back through the
+ * LayerNorm if any. x: q or k in qkv; slot: dweight, dbias; stats: [2, T], mean and rstd. */
+static void attention_finish(const attention_job *j, int64_t m, float *product, const float *x,
+                             float *dx, const attention_norm *norm, float *slot, const float *stats,
+                             int64_t row)
 {
     const int64_t K = j->g->K, T = j->g->T, Kp = j->Kp, ld = 3 * j->g->H * K;
     for (int64_t i = 0; i < m; i++, product += Kp) {
@@ -459,8 +479,8 @@ static void attention_finish(const attention_job *j, int64_t m, float *product, 
         }
         for (int64_t c = 0; c < K; c += PM_WIDTH)
             v_store(product + c, v_load(product + c) * v_set(j->scale));
-        attention_normalise_backward(norm, K, x + (row + i) * ld, stats[row + i], stats[T + row + i],
-                                     product, out, slot, slot + Kp);
+        attention_normalise_backward(norm, K, x + (row + i) * ld, stats[row + i],
+                                     stats[T + row + i], product, out, slot, slot + Kp);
     }
 }
 
@@ -530,7 +550,8 @@ static void attention_backward_item(const attention_job *j, int64_t head, void *
         attention_product_transposed(T, ds, j->ld, rows, q_panels, K, dk, Kp);
     }
     if (dq_out || slot)
-        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot ? slot + 2 * Kp : NULL, k_stats, 0);
+        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot ? slot + 2 * Kp : NULL, k_stats,
+                         0);
     if (dq_out)
         for (int64_t t = 0; t < T; t++)
             for (int64_t c = 0; c < K; c += PM_WIDTH)
@@ -560,7 +581,8 @@ static void attention_norm_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status attention_backward(pm_ctx *ctx, const pm_attention_args *g, const pm_attention_grads *d, void *scratch)
+static pm_status attention_backward(pm_ctx *ctx, const pm_attention_args *g,
+                                    const pm_attention_grads *d, void *scratch)
 {
     attention_job job = attention_plan(g, true);
     job.d = d;

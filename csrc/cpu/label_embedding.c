@@ -8,7 +8,8 @@ typedef struct {
     int64_t columns; /* per task; a multiple of a cache line */
 } label_embedding_job;
 
-static size_t label_embedding_workspace(const pm_ctx *ctx, const pm_label_embedding_args *g, bool backward)
+static size_t label_embedding_workspace(const pm_ctx *ctx, const pm_label_embedding_args *g,
+                                        bool backward)
 {
     (void)ctx, (void)g, (void)backward;
     return 0;
@@ -19,8 +20,8 @@ static pm_status label_embedding_check(pm_ctx *ctx, const pm_label_embedding_arg
 {
     for (int64_t b = 0; b < g->B; b++)
         if (g->y[b] < 0 || g->y[b] >= g->Y)
-            return pm_fail(ctx, PM_EINVAL, "label_embedding: y[%lld] is %lld, expected 0..%lld", (long long)b,
-                           (long long)g->y[b], (long long)g->Y - 1);
+            return pm_fail(ctx, PM_EINVAL, "label_embedding: y[%lld] is %lld, expected 0..%lld",
+                           (long long)b, (long long)g->y[b], (long long)g->Y - 1);
     return PM_OK;
 }
 
@@ -47,7 +48,8 @@ static void label_embedding_forward_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status label_embedding_forward(pm_ctx *ctx, const pm_label_embedding_args *g, void *scratch)
+static pm_status label_embedding_forward(pm_ctx *ctx, const pm_label_embedding_args *g,
+                                         void *scratch)
 {
     (void)scratch;
     PM_TRY(label_embedding_check(ctx, g));

@@ -1,6 +1,6 @@
 /* residual_layernorm_modulate: contract in ops/residual_layernorm_modulate.h.
  *
- * Bound by memory: every token row is read and written once; the passes over it after the first find
+ * Bound by memory: a token row comes from memory once; the passes over it after the first find
  * it in L1. */
 
 #define RLM_ELEMENTS 16384 /* of x per task */
@@ -46,7 +46,8 @@ static inline const float *rlm_row(const float *matrix, int64_t b, int64_t ld)
     return matrix ? matrix + b * ld : NULL;
 }
 
-static inline void rlm_forward_token(const pm_residual_layernorm_modulate_args *g, int64_t b, int64_t row)
+static inline void rlm_forward_token(const pm_residual_layernorm_modulate_args *g, int64_t b,
+                                     int64_t row)
 {
     const int64_t D = g->D;
     const float *gate = rlm_row(g->gate, b, g->gate_ld);
@@ -129,6 +130,17 @@ static pm_status residual_layernorm_modulate_forward(pm_ctx *ctx,
 
 /* ---------------------------------------------------------------- backward */
 
+/* xhat at channels i...; xo is x, or x + gate * add where it was not kept. */
+static inline vf rlm_xhat(const float *x, const float *gate, const float *add, int64_t i, int64_t D,
+                          vf mean, vf rstd)
+{
+    vf xo = v_get(x + i, D - i);
+    if (add)
+        xo = gate ? v_fma(v_get(gate + i, D - i), v_get(add + i, D - i), xo)
+                  : xo + v_get(add + i, D - i);
+    return (xo - mean) * rstd;
+}
+
 /* One token; dgate, dshift and dscale are the slots of its chunk (+=), NULL where not wanted. */
 static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args *g,
                                       const pm_residual_layernorm_modulate_grads *d, int64_t b,
@@ -142,15 +154,10 @@ static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args 
     float *dx = d->dx ? d->dx + row * D : NULL, *dbranch = d->dbranch ? d->dbranch + row * D : NULL;
     const vf mean = v_set(g->mean[row]), rstd = v_set(g->rstd[row]);
 
-#define RLM_XHAT(i)                                                                                \
-    (((add ? (gate ? v_fma(v_get(gate + i, D - i), v_get(add + i, D - i), v_get(x + i, D - i))     \
-                   : v_get(x + i, D - i) + v_get(add + i, D - i))                                  \
-           : v_get(x + i, D - i)) - mean) * rstd)
-
     /* y = xhat * (1 + scale) + shift; dxhat = dy * (1 + scale). Past D, dy reads as 0. */
     vf sum = v_zero(), dot = v_zero();
     for (int64_t i = 0; i < D; i += PM_WIDTH) {
-        vf up = v_get(dy + i, D - i), xhat = RLM_XHAT(i);
+        vf up = v_get(dy + i, D - i), xhat = rlm_xhat(x, gate, add, i, D, mean, rstd);
         if (dshift)
             v_put(dshift + i, v_get(dshift + i, D - i) + up, D - i);
         if (dscale)
@@ -162,13 +169,15 @@ static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args 
     if (!dx && !dbranch && !dgate)
         return;
 
-    /* xhat = (xo - mean) * rstd: dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
-     * xo = x + gate * branch:    dbranch = gate * dx, dgate += branch * dx */
+    /* xhat = (xo - mean) * rstd:
+     *   dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+     * xo = x + gate * branch:
+     *   dbranch = gate * dx, dgate += branch * dx */
     const vf a = v_set(v_sum(sum) / (float)D), c = v_set(-v_sum(dot) / (float)D);
     for (int64_t i = 0; i < D; i += PM_WIDTH) {
         vf up = v_get(dy + i, D - i);
         vf dxhat = scale ? v_fma(up, v_get(scale + i, D - i), up) : up;
-        vf v = rstd * v_fma(RLM_XHAT(i), c, dxhat - a);
+        vf v = rstd * v_fma(rlm_xhat(x, gate, add, i, D, mean, rstd), c, dxhat - a);
         if (dxo)
             v += v_get(dxo + i, D - i);
         if (dx)
@@ -178,7 +187,6 @@ static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args 
         if (dbranch)
             v_put(dbranch + i, gate ? v * v_get(gate + i, D - i) : v, D - i);
     }
-#undef RLM_XHAT
 }
 
 static void rlm_backward_task(void *arg, int64_t task, int worker)
@@ -238,7 +246,8 @@ static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx,
     job.gate = g->gate && d->dgate ? gate : NULL;
     job.shift = g->shift && d->dshift ? shift : NULL;
     job.scale = g->scale && d->dscale ? scale : NULL;
-    pm_parallel(ctx->pool, pm_blocks(g->B * job.cut.chunks, job.cut.group), rlm_backward_task, &job);
+    pm_parallel(ctx->pool, pm_blocks(g->B * job.cut.chunks, job.cut.group), rlm_backward_task,
+                &job);
     if (job.gate || job.shift || job.scale)
         pm_parallel(ctx->pool, g->B, rlm_sum_task, &job);
     return PM_OK;

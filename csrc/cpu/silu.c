@@ -47,7 +47,8 @@ static void silu_backward_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status silu_backward(pm_ctx *ctx, const pm_silu_args *g, const pm_silu_grads *d, void *scratch)
+static pm_status silu_backward(pm_ctx *ctx, const pm_silu_args *g, const pm_silu_grads *d,
+                               void *scratch)
 {
     (void)scratch;
     if (!d->dx)

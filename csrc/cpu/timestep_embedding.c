@@ -7,7 +7,8 @@ typedef struct {
     int64_t frequencies; /* per task */
 } timestep_embedding_job;
 
-static size_t timestep_embedding_workspace(const pm_ctx *ctx, const pm_timestep_embedding_args *g, bool backward)
+static size_t timestep_embedding_workspace(const pm_ctx *ctx, const pm_timestep_embedding_args *g,
+                                           bool backward)
 {
     (void)ctx, (void)g, (void)backward;
     return 0;
@@ -30,11 +31,13 @@ static void timestep_embedding_task(void *arg, int64_t task, int worker)
     }
 }
 
-static pm_status timestep_embedding_forward(pm_ctx *ctx, const pm_timestep_embedding_args *g, void *scratch)
+static pm_status timestep_embedding_forward(pm_ctx *ctx, const pm_timestep_embedding_args *g,
+                                            void *scratch)
 {
     (void)scratch;
     if (g->F % 2)
-        return pm_fail(ctx, PM_EINVAL, "timestep_embedding: F must be even, not %lld", (long long)g->F);
+        return pm_fail(ctx, PM_EINVAL, "timestep_embedding: F must be even, not %lld",
+                       (long long)g->F);
     if (!g->B)
         return PM_OK;
     timestep_embedding_job job = {g, pm_max(1, TIMESTEP_EMBEDDING_BLOCK / g->B)};
