@@ -21,6 +21,12 @@ $(VENV)/built: $(VENV)/ready setup.py $(C_FILES)
 test: build
 	$(PY) -m pytest
 
+# Trains a small ProMoE on handwritten digits and judges its samples: runs/demo. A run that was stopped is
+# continued; after a finished one the pictures and figures are made anew (rm -r runs/demo to train again).
+BEGAN := $(shell date +%s)
+demo: build
+	$(PY) -m promoe.demo --since $(BEGAN)
+
 # The whole suite on a copy of the tree that is built with the address and undefined-behaviour sanitizers.
 # (CPython leaks on purpose, so leaks are left to tests/binding/test_module.py.) PYTEST="-k experts".
 ASAN := build/asan
