@@ -1,7 +1,8 @@
-/* guard.c: the backend "cpu-guard", for tests: the CPU backend in memory that nobody can touch outside
- * an op or a memory call. Code that reads a backend pointer by itself, which would work on a CPU and
- * crash on a GPU, crashes here too. And an op that is handed host memory is an error that names the
- * argument. Each buffer ends at an unmapped page, so that running past it is seen as well. */
+/* guard.c: the backend "cpu-guard", for tests: the CPU backend in memory that nobody can touch
+ * outside an op or a memory call. Code that reads a backend pointer by itself, which would work
+ * on a CPU and crash on a GPU, crashes here too. And an op that is handed host memory is an
+ * error that names the argument. Each buffer ends at an unmapped page, so that running past it
+ * is seen as well. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sys/mman.h>
@@ -94,7 +95,8 @@ static bool guarded(const void *memory, size_t bytes)
     return found;
 }
 
-static pm_status check(pm_ctx *ctx, const char *call, const char *argument, const void *memory, size_t bytes)
+static pm_status check(pm_ctx *ctx, const char *call, const char *argument, const void *memory,
+                       size_t bytes)
 {
     if (!memory || guarded(memory, bytes))
         return PM_OK;
@@ -140,8 +142,8 @@ static pm_status guard_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w,
 
 /* ---------------------------------------------------------------- ops */
 
-/* Every pointer of an op's arguments and gradients points into a buffer (where it ends there, only the
- * unmapped page tells). */
+/* Every pointer of an op's arguments and gradients points into a buffer (where it ends there,
+ * only the unmapped page tells). */
 #define GUARD_POINTER(struct_, name) PM_TRY(check(ctx, op, #name, struct_->name, 1));
 #define GUARD_act(name) GUARD_POINTER(args, name)
 #define GUARD_f32(name) GUARD_POINTER(args, name)
@@ -185,10 +187,9 @@ static pm_status guard_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w,
     static pm_status check_##stem(pm_ctx *ctx, const pm_##stem##_args *args, const void *scratch)  \
     {                                                                                              \
         const char *const op = #stem;                                                              \
-        PM_##OP(GUARD_FIELD)                                                                       \
-        return inner->stem.workspace(ctx, args, false)                                             \
-                   ? check(ctx, op, "scratch", scratch, inner->stem.workspace(ctx, args, false))   \
-                   : PM_OK;                                                                        \
+        PM_##OP(GUARD_FIELD) return inner->stem.workspace(ctx, args, false)                        \
+            ? check(ctx, op, "scratch", scratch, inner->stem.workspace(ctx, args, false))          \
+            : PM_OK;                                                                               \
     }                                                                                              \
     static pm_status guard_##stem##_forward(pm_ctx *ctx, const pm_##stem##_args *args,             \
                                             void *scratch)                                         \
@@ -209,9 +210,7 @@ static pm_status guard_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w,
     {                                                                                              \
         const char *const op = #stem " backward";                                                  \
         const size_t bytes = inner->stem.workspace(ctx, args, true);                               \
-        PM_##OP(GUARD_FIELD)                                                                       \
-        PM_##OP(GUARD_GRAD_FIELD)                                                                  \
-        if (bytes)                                                                                 \
+        PM_##OP(GUARD_FIELD) PM_##OP(GUARD_GRAD_FIELD) if (bytes)                                  \
             PM_TRY(check(ctx, op, "scratch", scratch, bytes));                                     \
         GUARDED_CALL(inner->stem.backward(ctx, args, grads, scratch));                             \
     }

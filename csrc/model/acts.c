@@ -92,8 +92,9 @@ static void place_training_blocks(const pm_config *c, int64_t B, int64_t N, curs
     }
 }
 
-/* Inference: one stream, updated in place; one modulated buffer, reused by attention (which reads only
- * qkv); one branch; two adaLN buffers, because a block's last gate is read by the next block. */
+/* Inference: one stream, updated in place; one modulated buffer, reused by attention (which
+ * reads only qkv); one branch; two adaLN buffers, because a block's last gate is read by the
+ * next block. */
 static void place_inference_blocks(const pm_config *c, int64_t B, int64_t N, cursor *at, pm_acts *a)
 {
     const int64_t D = c->hidden, HK = c->heads * c->head;
@@ -114,7 +115,8 @@ static void place_inference_blocks(const pm_config *c, int64_t B, int64_t N, cur
 
 static void place_backward(const pm_config *c, int64_t B, int64_t N, cursor *at, pm_acts *a)
 {
-    const int64_t D = c->hidden, HK = c->heads * c->head, out = c->out_channels * pm_patch_voxels(c);
+    const int64_t D = c->hidden, HK = c->heads * c->head,
+                  out = c->out_channels * pm_patch_voxels(c);
     a->dout = take(at, B * c->out_channels * pm_voxels(c));
     a->dpatches = take(at, N * out);
     a->dstream = take(at, N * D);

@@ -37,8 +37,9 @@ pm_status pm_config_check(pm_ctx *ctx, const pm_config *c)
     CHECK(within(c->hidden, 1, most), "width %lld", (long long)c->hidden);
     CHECK(within(c->heads, 1, 1 << 16) && within(c->head, 1, 1 << 16), "%lld heads of %lld",
           (long long)c->heads, (long long)c->head);
-    CHECK(c->hidden % (2 * c->axes) == 0, "width %lld is not a multiple of %lld (sin-cos positions)",
-          (long long)c->hidden, (long long)(2 * c->axes));
+    CHECK(c->hidden % (2 * c->axes) == 0,
+          "width %lld is not a multiple of %lld (sin-cos positions)", (long long)c->hidden,
+          (long long)(2 * c->axes));
     CHECK(within(c->depth, 1, 1 << 16), "%lld blocks", (long long)c->depth);
     CHECK(within(c->mlp_hidden, 1, most), "a dense FFN %lld wide", (long long)c->mlp_hidden);
     CHECK(within(c->classes, 1, INT32_MAX), "%lld classes", (long long)c->classes);

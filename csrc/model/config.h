@@ -51,7 +51,8 @@ static inline bool pm_has_experts(const pm_config *c, int64_t block)
 /* Groups of a routing plan: the routed experts, then the unconditional one. */
 static inline int64_t pm_plan_groups(const pm_config *c) { return c->experts + c->unconditional; }
 
-/* The feed-forward layer of a block in the terms of ops/experts.h. A dense one is a shared group. */
+/* The feed-forward layer of a block in the terms of ops/experts.h. A dense one is a shared
+ * group. */
 typedef struct {
     int64_t G, S, F;       /* plan groups, shared groups, all widths together */
     int64_t width, shared; /* of a plan group and of a shared one (0 where there is none) */

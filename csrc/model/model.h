@@ -1,8 +1,10 @@
-/* model.h: a model in memory, and what one can do with it. Arrays that callers pass are host memory,
- * dense and row-major: images (B, C, voxels), times on the 0..1000 scale, labels 0..Y with Y = "no class".
+/* model.h: a model in memory, and what one can do with it. Arrays that callers pass are host
+ * memory, dense and row-major: images (B, C, voxels), times on the 0..1000 scale, labels 0..Y
+ * with Y = "no class".
  *
- * State changes in pm_model_update and pm_model_load only; everything else leaves parameters, moments and
- * EMA alone, whether it succeeds or not. Nothing allocates once a batch size and mode have been seen. */
+ * State changes in pm_model_update and pm_model_load only; everything else leaves parameters,
+ * moments and EMA alone, whether it succeeds or not. Nothing allocates once a batch size and
+ * mode have been seen. */
 #ifndef PM_MODEL_MODEL_H
 #define PM_MODEL_MODEL_H
 
@@ -28,10 +30,10 @@ int64_t pm_slab_count(const pm_model *model, pm_slab slab);
 /* A copy of a slab. Before the first update the EMA is the parameters, the moments are zero. */
 pm_status pm_model_read(pm_ctx *ctx, pm_model *model, pm_slab slab, float *out);
 
-/* All of it or, when it fails, nothing. ema NULL: a fresh copy of param. m and v NULL (together): zero
- * moments. The gradients are emptied. */
-pm_status pm_model_load(pm_ctx *ctx, pm_model *model, const float *param, const float *ema, const float *m,
-                        const float *v, int64_t step);
+/* All of it or, when it fails, nothing. ema NULL: a fresh copy of param. m and v NULL
+ * (together): zero moments. The gradients are emptied. */
+pm_status pm_model_load(pm_ctx *ctx, pm_model *model, const float *param, const float *ema,
+                        const float *m, const float *v, int64_t step);
 
 /* The gradient slab itself, in backend memory; made when there was none. */
 pm_status pm_model_gradients(pm_ctx *ctx, pm_model *model, float **grad);
@@ -41,29 +43,31 @@ void pm_model_close(pm_ctx *ctx, pm_model *model);
 
 /* ---------------------------------------------------------------- forward */
 
-/* choice (i32) and weight (f32), (layers, B, T, A), force the routing of every expert layer; NULL: free.
- * out (B, C_out, voxels). */
+/* choice (i32) and weight (f32), (layers, B, T, A), force the routing of every expert layer;
+ * NULL: free. out (B, C_out, voxels). */
 pm_status pm_model_forward(pm_ctx *ctx, pm_model *model, int64_t B, const float *x, const float *t,
-                           const int64_t *y, const int32_t *choice, const float *weight, float *out);
+                           const int64_t *y, const int32_t *choice, const float *weight,
+                           float *out);
 
-/* What the router did in the last pm_model_forward: choice and weight as above, and load (layers, G):
- * how many rows each group got. */
+/* What the router did in the last pm_model_forward: choice and weight as above, and load
+ * (layers, G): how many rows each group got. */
 int64_t pm_model_expert_layers(const pm_model *model);
-pm_status pm_model_routing(pm_ctx *ctx, pm_model *model, int32_t *choice, float *weight, int32_t *load);
+pm_status pm_model_routing(pm_ctx *ctx, pm_model *model, int32_t *choice, float *weight,
+                           int32_t *load);
 
 /* ---------------------------------------------------------------- training */
 
-/* Deterministic loss and gradient: losses = {mse, aux}. grad (layout->train numbers) may be NULL. accumulate:
- * also added to the gradient slab. */
-pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *model, int64_t B, const float *x, const float *t,
-                                 const int64_t *y, const float *target, bool accumulate, double losses[2],
-                                 float *grad);
+/* Deterministic loss and gradient: losses = {mse, aux}. grad (layout->train numbers) may be
+ * NULL. accumulate: also added to the gradient slab. */
+pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *model, int64_t B, const float *x,
+                                 const float *t, const int64_t *y, const float *target,
+                                 bool accumulate, double losses[2], float *grad);
 
-/* One micro-batch: draws by (seed, position + i), forward, loss, gradient slab += scale * gradient. An
- * error before the first gradient leaves the slab as it was. One after it leaves the gradients
- * incomplete: the next accumulate or update empties them, refuses, and says so. */
-pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *model, int64_t B, const float *x0, const int64_t *y,
-                              int64_t position, double scale);
+/* One micro-batch: draws by (seed, position + i), forward, loss, gradient slab += scale *
+ * gradient. An error before the first gradient leaves the slab as it was. One after it leaves
+ * the gradients incomplete: the next accumulate or update empties them, refuses, and says so. */
+pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *model, int64_t B, const float *x0,
+                              const int64_t *y, int64_t position, double scale);
 pm_status pm_model_zero_gradients(pm_ctx *ctx, pm_model *model);
 
 typedef struct {
@@ -85,17 +89,19 @@ typedef struct {
     int64_t n, first; /* samples; sample i draws its noise from (seed, first + i) */
     const int64_t *labels;
     int64_t steps, seed;
-    double cfg;         /* guidance; up to 1: none, and no second pass */
-    double shift;       /* of the noise levels */
-    bool ema;           /* weights: the EMA, else the live ones */
-    int one_batch;      /* conditional and unconditional pass together: 1, apart: 0, -1: as is best */
+    double cfg;    /* guidance; up to 1: none, and no second pass */
+    double shift;  /* of the noise levels */
+    bool ema;      /* weights: the EMA, else the live ones */
+    int one_batch; /* conditional and unconditional pass together: 1, apart: 0, -1: as is best */
     const float *noise; /* (n, C, voxels) to start from, or NULL: drawn */
-    /* After each step, with the latents in backend memory; non-zero: stop with PM_EINTR. May be NULL. */
+    /* After each step, with the latents in backend memory; non-zero: stop with PM_EINTR. May be
+     * NULL. */
     int (*on_step)(void *arg, int64_t step, const float *latents);
     void *arg;
 } pm_sample_options;
 /* out (n, C, voxels) */
-pm_status pm_model_sample(pm_ctx *ctx, pm_model *model, const pm_sample_options *options, float *out);
+pm_status pm_model_sample(pm_ctx *ctx, pm_model *model, const pm_sample_options *options,
+                          float *out);
 
 /* ---------------------------------------------------------------- memory */
 
@@ -103,6 +109,7 @@ typedef struct {
     int64_t parameters, derived, gradients, moments, ema, activations, scratch; /* bytes */
 } pm_memory;
 /* What a model needs for batches of B, before anything is allocated. */
-pm_status pm_memory_estimate(pm_ctx *ctx, const pm_config *cfg, int64_t B, bool training, pm_memory *memory);
+pm_status pm_memory_estimate(pm_ctx *ctx, const pm_config *cfg, int64_t B, bool training,
+                             pm_memory *memory);
 
 #endif

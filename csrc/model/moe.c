@@ -1,18 +1,25 @@
-/* moe.c: the feed-forward layer of a block. y2 -> router -> plan -> experts -> branch2; a dense one is
- * experts with a single shared group and no plan. Below it the router of ProMoE: partition by label,
- * cosine to prototypes, gate, token choice, and its two auxiliary losses. */
+/* moe.c: the feed-forward layer of a block. y2 -> router -> plan -> experts -> branch2; a dense
+ * one is experts with a single shared group and no plan. Below it the router of ProMoE:
+ * partition by label, cosine to prototypes, gate, token choice, and its two auxiliary losses. */
 #include "router.h"
 
-/* ---------------------------------------------------------------- args: shared by both directions */
+/* -------------------------------------------------------------- args: shared by both directions */
 
 static pm_routing_plan_args plan_args(const pm_run *r, int64_t block)
 {
     const pm_route_acts *u = &r->acts->blocks[block].route;
     return (pm_routing_plan_args){
-        .N = r->acts->N, .A = r->cfg->top_k, .G = pm_plan_groups(r->cfg),
-        .choice = u->choice, .weight = u->weight,
-        .row_off = u->row_off, .row_token = u->row_token, .row_weight = u->row_weight,
-        .tok_off = u->tok_off, .tok_row = u->tok_row, .choice_row = u->choice_row,
+        .N = r->acts->N,
+        .A = r->cfg->top_k,
+        .G = pm_plan_groups(r->cfg),
+        .choice = u->choice,
+        .weight = u->weight,
+        .row_off = u->row_off,
+        .row_token = u->row_token,
+        .row_weight = u->row_weight,
+        .tok_off = u->tok_off,
+        .tok_row = u->tok_row,
+        .choice_row = u->choice_row,
     };
 }
 
@@ -23,15 +30,28 @@ static pm_experts_args experts_args(const pm_run *r, int64_t block)
     const pm_route_acts *u = &b->route;
     const pm_ffn f = pm_ffn_of(r->cfg, block);
     return (pm_experts_args){
-        .N = r->acts->N, .D = r->cfg->hidden, .G = f.G, .S = f.S, .F = f.F,
-        .R = f.G > 0 ? r->acts->N * r->cfg->top_k : 0, .W = f.width, .Z = f.shared,
+        .N = r->acts->N,
+        .D = r->cfg->hidden,
+        .G = f.G,
+        .S = f.S,
+        .F = f.F,
+        .R = f.G > 0 ? r->acts->N * r->cfg->top_k : 0,
+        .W = f.width,
+        .Z = f.shared,
         .x = b->y2,
-        .row_off = u->row_off, .row_token = u->row_token, .row_weight = u->row_weight,
-        .tok_off = u->tok_off, .tok_row = u->tok_row,
+        .row_off = u->row_off,
+        .row_token = u->row_token,
+        .row_weight = u->row_weight,
+        .tok_off = u->tok_off,
+        .tok_row = u->tok_row,
         .foff = f.G > 0 ? r->foff_experts : r->foff_dense,
-        .up = pm_weight_at(r, p->up), .up_bias = pm_param_at(r, p->up_bias),
-        .down = pm_weight_at(r, p->down), .down_bias = pm_param_at(r, p->down_bias),
-        .y = b->branch2, .pre = b->pre, .pre_shared = b->pre_shared,
+        .up = pm_weight_at(r, p->up),
+        .up_bias = pm_param_at(r, p->up_bias),
+        .down = pm_weight_at(r, p->down),
+        .down_bias = pm_param_at(r, p->down_bias),
+        .y = b->branch2,
+        .pre = b->pre,
+        .pre_shared = b->pre_shared,
     };
 }
 
@@ -40,11 +60,11 @@ static pm_experts_args experts_args(const pm_run *r, int64_t block)
 pm_status pm_ffn_forward(pm_run *r, int64_t block)
 {
     if (pm_has_experts(r->cfg, block)) {
-        if (!r->forced)                                                     /* 1. choices, weights */
+        if (!r->forced) /* 1. choices, weights */
             PM_TRY(pm_router_of(r->cfg)->plan(r, block));
-        PM_FORWARD(r, routing_plan, plan_args(r, block));                   /* 2. rows by expert */
+        PM_FORWARD(r, routing_plan, plan_args(r, block)); /* 2. rows by expert */
     }
-    PM_FORWARD(r, experts, experts_args(r, block));                         /* 3. branch2 */
+    PM_FORWARD(r, experts, experts_args(r, block)); /* 3. branch2 */
     return PM_OK;
 }
 
@@ -84,16 +104,27 @@ static pm_prototypical_routing_args cosine_args(const pm_run *r, int64_t block)
 {
     const pm_block_acts *b = &r->acts->blocks[block];
     return (pm_prototypical_routing_args){
-        .N = r->acts->N, .D = r->cfg->hidden, .E = r->cfg->experts,
-        .x = b->y2, .proto = pm_param_at(r, r->places->blocks[block].proto), .part = r->acts->part,
-        .z = b->route.z, .xnorm = b->route.xnorm, .pnorm = b->route.pnorm,
+        .N = r->acts->N,
+        .D = r->cfg->hidden,
+        .E = r->cfg->experts,
+        .x = b->y2,
+        .proto = pm_param_at(r, r->places->blocks[block].proto),
+        .part = r->acts->part,
+        .z = b->route.z,
+        .xnorm = b->route.xnorm,
+        .pnorm = b->route.pnorm,
     };
 }
 
 static pm_router_gate_args gate_args(const pm_run *r, const float *z, float *s, int gate)
 {
     return (pm_router_gate_args){
-        .N = r->acts->N, .E = r->cfg->experts, .z = z, .part = r->acts->part, .s = s, .gate = gate,
+        .N = r->acts->N,
+        .E = r->cfg->experts,
+        .z = z,
+        .part = r->acts->part,
+        .s = s,
+        .gate = gate,
     };
 }
 
@@ -101,8 +132,13 @@ static pm_token_choice_args choice_args(const pm_run *r, int64_t block)
 {
     const pm_route_acts *u = &r->acts->blocks[block].route;
     return (pm_token_choice_args){
-        .N = r->acts->N, .E = r->cfg->experts, .A = r->cfg->top_k,
-        .s = u->s, .part = r->acts->part, .choice = u->choice, .weight = u->weight,
+        .N = r->acts->N,
+        .E = r->cfg->experts,
+        .A = r->cfg->top_k,
+        .s = u->s,
+        .part = r->acts->part,
+        .choice = u->choice,
+        .weight = u->weight,
     };
 }
 
@@ -110,11 +146,19 @@ static pm_routing_contrastive_loss_args contrastive_args(const pm_run *r, int64_
 {
     const pm_block_acts *b = &r->acts->blocks[block];
     return (pm_routing_contrastive_loss_args){
-        .N = r->acts->N, .D = r->cfg->hidden, .E = r->cfg->experts, .A = r->cfg->top_k,
-        .x = b->y2, .proto = pm_param_at(r, r->places->blocks[block].proto),
-        .choice = b->route.choice, .loss = pm_loss_at(r, PM_LOSS_CONTRASTIVE, block),
-        .centroid = b->route.centroid, .count = b->route.count, .prob = b->route.prob,
-        .assign = r->cfg->contrastive_assign, .temperature = r->cfg->contrastive_temperature,
+        .N = r->acts->N,
+        .D = r->cfg->hidden,
+        .E = r->cfg->experts,
+        .A = r->cfg->top_k,
+        .x = b->y2,
+        .proto = pm_param_at(r, r->places->blocks[block].proto),
+        .choice = b->route.choice,
+        .loss = pm_loss_at(r, PM_LOSS_CONTRASTIVE, block),
+        .centroid = b->route.centroid,
+        .count = b->route.count,
+        .prob = b->route.prob,
+        .assign = r->cfg->contrastive_assign,
+        .temperature = r->cfg->contrastive_temperature,
         .weight = r->cfg->contrastive_weight,
     };
 }
@@ -123,10 +167,17 @@ static pm_load_balance_loss_args balance_args(const pm_run *r, int64_t block)
 {
     const pm_route_acts *u = &r->acts->blocks[block].route;
     return (pm_load_balance_loss_args){
-        .B = r->acts->B, .T = pm_tokens(r->cfg), .E = r->cfg->experts, .A = r->cfg->top_k,
-        .p = u->p, .choice = u->choice, .part = r->acts->part,
-        .loss = pm_loss_at(r, PM_LOSS_BALANCE, block), .frac = u->frac,
-        .per = r->cfg->balance_per, .weight = r->cfg->balance_weight,
+        .B = r->acts->B,
+        .T = pm_tokens(r->cfg),
+        .E = r->cfg->experts,
+        .A = r->cfg->top_k,
+        .p = u->p,
+        .choice = u->choice,
+        .part = r->acts->part,
+        .loss = pm_loss_at(r, PM_LOSS_BALANCE, block),
+        .frac = u->frac,
+        .per = r->cfg->balance_per,
+        .weight = r->cfg->balance_weight,
     };
 }
 
@@ -134,16 +185,16 @@ static pm_status promoe_plan(pm_run *r, int64_t block)
 {
     const pm_route_acts *u = &r->acts->blocks[block].route;
     const int gate = r->cfg->gate;
-    PM_FORWARD(r, prototypical_routing, cosine_args(r, block));             /* 1. z */
+    PM_FORWARD(r, prototypical_routing, cosine_args(r, block)); /* 1. z */
     if (gate != PM_GATE_IDENTITY)
-        PM_FORWARD(r, router_gate, gate_args(r, u->z, u->s, gate));         /* 2. s */
-    PM_FORWARD(r, token_choice, choice_args(r, block));                     /* 3. choice, weight */
+        PM_FORWARD(r, router_gate, gate_args(r, u->z, u->s, gate)); /* 2. s */
+    PM_FORWARD(r, token_choice, choice_args(r, block));             /* 3. choice, weight */
     if (contrasts(r))
         PM_FORWARD(r, routing_contrastive_loss, contrastive_args(r, block)); /* 4. */
     if (balances(r)) {
         if (gate != PM_GATE_SOFTMAX)
             PM_FORWARD(r, router_gate, gate_args(r, u->s, u->p, PM_GATE_SOFTMAX)); /* 5. p of s */
-        PM_FORWARD(r, load_balance_loss, balance_args(r, block));           /* 6. */
+        PM_FORWARD(r, load_balance_loss, balance_args(r, block));                  /* 6. */
     }
     return PM_OK;
 }
@@ -155,12 +206,13 @@ static pm_status promoe_backward(pm_run *r, int64_t block)
     const int gate = r->cfg->gate;
     float *const dproto = pm_grad_at(r, r->places->blocks[block].proto);
 
-    /* Two uses of s add up in ds (or, for the softmax gate, in dz): the first one sets it, so the order
-     * is not quite the reverse. */
+    /* Two uses of s add up in ds (or, for the softmax gate, in dz): the first one sets it, so
+     * the order is not quite the reverse. */
     /* 3. token_choice(s) -> weight */
     PM_BACKWARD(r, token_choice, choice_args(r, block), .dweight = a->dweight, .ds = a->ds);
     if (gate != PM_GATE_IDENTITY && !r->dry)
-        PM_TRY(r->ctx->backend->zero(r->ctx, a->dz, (size_t)(a->N * r->cfg->experts) * sizeof(float)));
+        PM_TRY(
+            r->ctx->backend->zero(r->ctx, a->dz, (size_t)(a->N * r->cfg->experts) * sizeof(float)));
     if (balances(r)) {
         /* 6. load_balance_loss(p);  5. p = softmax(s) */
         PM_BACKWARD(r, load_balance_loss, balance_args(r, block), .dloss = a->dloss, .dp = a->dp);

@@ -1,5 +1,5 @@
-/* params.c: the one walk over the parameters. Names, shapes, places and initial values all come from
- * walk_model below, which reads like the state dict of the public code. */
+/* params.c: the one walk over the parameters. Names, shapes, places and initial values all come
+ * from walk_model below, which reads like the state dict of the public code. */
 #include "params.h"
 
 #include <math.h>
@@ -14,15 +14,15 @@
 struct pm_walk {
     const pm_config *cfg;
     const pm_backend *backend;
-    char prefix[32];          /* "blocks.3." */
-    int64_t cursor[2];        /* next free element of each kind; the frozen ones start behind */
-    int64_t derived;          /* next free byte of the derived slab */
-    int64_t index, numbers;   /* tensors named so far, and the numbers in them */
+    char prefix[32];        /* "blocks.3." */
+    int64_t cursor[2];      /* next free element of each kind; the frozen ones start behind */
+    int64_t derived;        /* next free byte of the derived slab */
+    int64_t index, numbers; /* tensors named so far, and the numbers in them */
     int64_t matrix_count;
-    pm_derivation *matrices;  /* NULL: only count */
-    pm_param_visitor visit;   /* NULL: no names wanted */
+    pm_derivation *matrices; /* NULL: only count */
+    pm_param_visitor visit;  /* NULL: no names wanted */
     void *arg;
-    pm_status status;         /* of the first visit that failed: no more names then */
+    pm_status status; /* of the first visit that failed: no more names then */
 };
 
 /* ---------------------------------------------------------------- one tensor */
@@ -35,11 +35,11 @@ static int64_t reserve(pm_walk *w, pm_kind kind, int64_t count)
 }
 
 /* Says the name of the tensor at `at`. */
-static void name_tensor(pm_walk *w, pm_kind kind, int64_t at, const char *name, pm_init init, int ndim,
-                        const int64_t *shape)
+static void name_tensor(pm_walk *w, pm_kind kind, int64_t at, const char *name, pm_init init,
+                        int ndim, const int64_t *shape)
 {
-    pm_param p = {.index = (int)w->index++, .ndim = ndim, .at = at, .count = 1, .kind = kind,
-                  .init = init};
+    pm_param p = {
+        .index = (int)w->index++, .ndim = ndim, .at = at, .count = 1, .kind = kind, .init = init};
     for (int i = 0; i < ndim; i++)
         p.count *= p.shape[i] = shape[i];
     w->numbers += p.count;
@@ -76,8 +76,8 @@ static pm_matrix derive(pm_walk *w, int64_t at, int64_t F, int64_t D)
 }
 
 /* A linear layer name.weight (F, D) and name.bias (F). */
-static void linear(pm_walk *w, const char *name, pm_init init, int64_t F, int64_t D, pm_matrix *weight,
-                   int64_t *bias)
+static void linear(pm_walk *w, const char *name, pm_init init, int64_t F, int64_t D,
+                   pm_matrix *weight, int64_t *bias)
 {
     char full[80];
     snprintf(full, sizeof full, "%s.weight", name);
@@ -99,7 +99,8 @@ static void name_expert(pm_walk *w, const pm_block_places *b, const char *name, 
     snprintf(full, sizeof full, "%s%s.bias", name, up);
     name_tensor(w, PM_TRAIN, b->up_bias + begin, full, PM_INIT_ZERO, 1, (int64_t[]){width});
     snprintf(full, sizeof full, "%s%s.weight", name, down);
-    name_tensor(w, PM_TRAIN, b->down.at + begin * D, full, PM_INIT_XAVIER, 2, (int64_t[]){D, width});
+    name_tensor(w, PM_TRAIN, b->down.at + begin * D, full, PM_INIT_XAVIER, 2,
+                (int64_t[]){D, width});
     snprintf(full, sizeof full, "%s%s.bias", name, down);
     name_tensor(w, PM_TRAIN, b->down_bias + j * D, full, PM_INIT_ZERO, 1, (int64_t[]){D});
 }
@@ -134,7 +135,8 @@ static void walk_ffn(pm_walk *w, int64_t block, pm_block_places *b)
         name_expert(w, b, name, "up_proj", "down_proj", j, j * f.width, f.width);
     }
     if (f.S > 0)
-        name_expert(w, b, "mlp.shared_expert.", "up_proj", "down_proj", f.G, f.G * f.width, f.shared);
+        name_expert(w, b, "mlp.shared_expert.", "up_proj", "down_proj", f.G, f.G * f.width,
+                    f.shared);
 }
 
 static void walk_block(pm_walk *w, int64_t block, pm_block_places *b)
@@ -241,8 +243,9 @@ void pm_layout_free(const pm_config *cfg, pm_layout *layout)
 
 /* ---------------------------------------------------------------- initial values */
 
-/* Fixed positions, elements first .. first + n - 1: the width is split evenly over the axes, the last
- * axis (the column) first; each part is [sin | cos] of position * 10000^(-i / half), in double. */
+/* Fixed positions, elements first .. first + n - 1: the width is split evenly over the axes, the
+ * last axis (the column) first; each part is [sin | cos] of position * 10000^(-i / half), in
+ * double. */
 static void init_positions(const pm_config *c, int64_t first, int64_t n, float *out)
 {
     const int64_t part = c->hidden / c->axes, half = part / 2;
@@ -251,8 +254,10 @@ static void init_positions(const pm_config *c, int64_t first, int64_t n, float *
         grid[i] = c->size[i] / c->patch[i];
     for (int64_t e = first; e < first + n; e++) {
         const int64_t token = e / c->hidden, axis = e % c->hidden / part, i = e % c->hidden % part;
-        const int64_t at[3] = {token / (grid[1] * grid[2]), token / grid[2] % grid[1], token % grid[2]};
-        const double angle = (double)at[2 - axis] * pow(10000.0, -(double)(i % half) / (double)half);
+        const int64_t at[3] = {token / (grid[1] * grid[2]), token / grid[2] % grid[1],
+                               token % grid[2]};
+        const double angle = (double)at[2 - axis] *
+                             pow(10000.0, -(double)(i % half) / (double)half);
         out[e - first] = (float)(i < half ? sin(angle) : cos(angle));
     }
 }

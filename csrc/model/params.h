@@ -1,10 +1,10 @@
 /* params.h: where every parameter lies, and what it is called.
  *
- * param, grad, m, v and ema are slabs of one layout: the official tensors, row-major, in the order of the
- * walk, those that are trained first and the frozen ones behind. A tensor starts at a multiple of
- * PM_SLAB_ALIGN elements; what lies between is zero and stays zero. The experts of a layer are the
- * exception that their op asks for: all up rows, all up biases, all down blocks, all down biases, so
- * that a name maps to a part of one of these four.
+ * param, grad, m, v and ema are slabs of one layout: the official tensors, row-major, in the
+ * order of the walk, those that are trained first and the frozen ones behind. A tensor starts at
+ * a multiple of PM_SLAB_ALIGN elements; what lies between is zero and stays zero. The experts of
+ * a layer are the exception that their op asks for: all up rows, all up biases, all down blocks,
+ * all down biases, so that a name maps to a part of one of these four.
  *
  * The derived slab (packed panels on a CPU) follows the matrices in the same order. */
 #ifndef PM_MODEL_PARAMS_H
@@ -34,8 +34,8 @@ typedef struct {
     pm_init init;
 } pm_param;
 
-/* A weight matrix (F, D): its first element in a slab and its first byte in the derived slab. For the
- * experts of a layer: the first group; the others follow. */
+/* A weight matrix (F, D): its first element in a slab and its first byte in the derived slab.
+ * For the experts of a layer: the first group; the others follow. */
 typedef struct {
     int64_t at, derived;
 } pm_matrix;
@@ -81,11 +81,12 @@ void pm_layout_free(const pm_config *cfg, pm_layout *layout);
 
 /* What a router says about its own tensors (router.h): a walk in progress, and one tensor of it. */
 typedef struct pm_walk pm_walk;
-int64_t pm_walk_tensor(pm_walk *walk, const char *name, pm_init init, int ndim, const int64_t *shape);
+int64_t pm_walk_tensor(pm_walk *walk, const char *name, pm_init init, int ndim,
+                       const int64_t *shape);
 
-/* Elements first .. first + n - 1 of the initial value of a tensor, which is a function of seed and of its place
- * in the walk; first is a multiple of 4. */
-void pm_param_init(const pm_config *cfg, const pm_param *param, int64_t seed, int64_t first, int64_t n,
-                   float *out);
+/* Elements first .. first + n - 1 of the initial value of a tensor, which is a function of seed
+ * and of its place in the walk; first is a multiple of 4. */
+void pm_param_init(const pm_config *cfg, const pm_param *param, int64_t seed, int64_t first,
+                   int64_t n, float *out);
 
 #endif

@@ -1,5 +1,5 @@
-/* router.h: what a router is to the layer around it (moe.c): it reads the modulated tokens and makes
- * choices and weights, which routing_plan turns into the rows that experts works on. */
+/* router.h: what a router is to the layer around it (moe.c): it reads the modulated tokens and
+ * makes choices and weights, which routing_plan turns into the rows that experts works on. */
 #ifndef PM_MODEL_ROUTER_H
 #define PM_MODEL_ROUTER_H
 

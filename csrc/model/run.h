@@ -1,9 +1,9 @@
 /* run.h: one walk through the network: the weights it reads, the memory it works in, and the two
  * macros that call an op.
  *
- * The same functions run twice. A dry run calls no op: it only asks each for its workspace, so the
- * scratch of a whole step is known before the step begins, from the very arguments it will be called
- * with. In a dry run the activations have made-up addresses, which nobody reads. */
+ * The same functions run twice. A dry run calls no op: it only asks each for its workspace, so
+ * the scratch of a whole step is known before the step begins, from the very arguments it will
+ * be called with. In a dry run the activations have made-up addresses, which nobody reads. */
 #ifndef PM_MODEL_RUN_H
 #define PM_MODEL_RUN_H
 
@@ -25,7 +25,7 @@ typedef struct {
     float *grad; /* slab; NULL when there will be no backward */
     const pm_acts *acts;
     float *losses; /* pm_loss_count numbers: mse, then contrastive and balance of each block */
-    bool forced;  /* choice and weight of every expert layer are given: the router is not asked */
+    bool forced;   /* choice and weight of every expert layer are given: the router is not asked */
     bool dry;
     void *scratch;
     size_t scratch_bytes; /* what a dry run found */
@@ -43,7 +43,10 @@ static inline pm_weight pm_weight_at(const pm_run *r, pm_matrix place)
     return (pm_weight){r->weights.param + place.at,
                        r->weights.derived ? r->weights.derived + place.derived : NULL};
 }
-static inline const float *pm_param_at(const pm_run *r, int64_t at) { return r->weights.param + at; }
+static inline const float *pm_param_at(const pm_run *r, int64_t at)
+{
+    return r->weights.param + at;
+}
 static inline float *pm_grad_at(const pm_run *r, int64_t at) { return r->grad + at; }
 
 /* Between two ops: room for the next one, and the caller's wish to stop. */

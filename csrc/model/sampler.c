@@ -29,11 +29,13 @@ static pm_status velocity(sampling *s, float **cond, float **uncond)
     pm_ctx *ctx = s->ctx;
     const pm_acts *a = &s->m->acts;
     const pm_config *c = &s->m->cfg;
-    const int64_t n = s->o->n, image = c->channels * pm_voxels(c), output = c->out_channels * pm_voxels(c);
+    const int64_t n = s->o->n, image = c->channels * pm_voxels(c),
+                  output = c->out_channels * pm_voxels(c);
     *cond = a->out;
     *uncond = NULL;
     if (s->together) {
-        PM_TRY(ctx->backend->copy(ctx, a->x + n * image, a->x, (size_t)(n * image) * sizeof(float)));
+        PM_TRY(
+            ctx->backend->copy(ctx, a->x + n * image, a->x, (size_t)(n * image) * sizeof(float)));
         PM_TRY(pm_network_forward(&s->run));
         *uncond = a->out + n * output;
         return PM_OK;
@@ -64,9 +66,16 @@ static pm_status one_step(sampling *s, int64_t i)
     PM_WRITE(ctx, a->schedule, schedule, 3);
     float *cond, *uncond;
     PM_TRY(velocity(s, &cond, &uncond));
-    PM_FORWARD(r, euler_step, (pm_euler_step_args){
-        .B = s->o->n, .C = c->channels, .M = c->out_channels, .V = pm_voxels(c), .x = a->x,
-        .cond = cond, .uncond = uncond, .schedule = a->schedule, .y = a->x});
+    PM_FORWARD(r, euler_step,
+               (pm_euler_step_args){.B = s->o->n,
+                                    .C = c->channels,
+                                    .M = c->out_channels,
+                                    .V = pm_voxels(c),
+                                    .x = a->x,
+                                    .cond = cond,
+                                    .uncond = uncond,
+                                    .schedule = a->schedule,
+                                    .y = a->x});
     if (s->o->on_step && s->o->on_step(s->o->arg, i, a->x))
         return pm_fail(ctx, PM_EINTR, "stopped by the callback");
     return PM_OK;
@@ -97,7 +106,8 @@ pm_status pm_model_sample(pm_ctx *ctx, pm_model *m, const pm_sample_options *o, 
     PM_TRY(pm_check_labels(ctx, c, o->n, o->labels));
     const bool guided = o->cfg > 1;
     if (guided && !c->null_label)
-        return pm_fail(ctx, PM_EINVAL, "cfg = %g: this model was made without a row for no class", o->cfg);
+        return pm_fail(ctx, PM_EINVAL, "cfg = %g: this model was made without a row for no class",
+                       o->cfg);
     const bool together =
         guided && (o->one_batch < 0 ? o->n * pm_tokens(c) < ENOUGH_TOKENS : o->one_batch > 0);
     sampling s = {.ctx = ctx, .m = m, .o = o, .guided = guided, .together = together};

@@ -26,7 +26,8 @@ static int64_t foff_count(const pm_config *c)
 }
 static size_t numbers_bytes(const pm_config *c)
 {
-    return sizeof(pm_step_numbers) + (size_t)PM_LOSS_SLOTS * (size_t)pm_loss_count(c) * sizeof(float);
+    return sizeof(pm_step_numbers) +
+           (size_t)PM_LOSS_SLOTS * (size_t)pm_loss_count(c) * sizeof(float);
 }
 float *pm_loss_slot(const pm_model *m, int slot)
 {
@@ -81,7 +82,8 @@ pm_status pm_need_arena(pm_ctx *ctx, pm_model *m, size_t bytes)
 /* An address for dry runs: never read, and not NULL, which would mean "absent". */
 static char *nowhere(void) { return (char *)(uintptr_t)4096; }
 
-static pm_run make_run(pm_ctx *ctx, const pm_config *cfg, const pm_layout *layout, const pm_acts *acts)
+static pm_run make_run(pm_ctx *ctx, const pm_config *cfg, const pm_layout *layout,
+                       const pm_acts *acts)
 {
     return (pm_run){.ctx = ctx, .cfg = cfg, .places = layout, .acts = acts};
 }
@@ -131,7 +133,8 @@ pm_status pm_need_acts(pm_ctx *ctx, pm_model *m, int64_t B, pm_mode mode)
     return PM_OK;
 }
 
-pm_status pm_memory_estimate(pm_ctx *ctx, const pm_config *cfg, int64_t B, bool training, pm_memory *memory)
+pm_status pm_memory_estimate(pm_ctx *ctx, const pm_config *cfg, int64_t B, bool training,
+                             pm_memory *memory)
 {
     pm_layout layout;
     PM_TRY(pm_config_check(ctx, cfg));
@@ -169,7 +172,8 @@ static pm_status derive_all(pm_ctx *ctx, const pm_layout *layout, const float *p
 {
     for (int64_t i = 0; i < layout->matrix_count; i++) {
         const pm_derivation *d = &layout->matrices[i];
-        PM_TRY(ctx->backend->derive(ctx, d->F, d->D, param + d->place.at, derived + d->place.derived));
+        PM_TRY(
+            ctx->backend->derive(ctx, d->F, d->D, param + d->place.at, derived + d->place.derived));
     }
     return PM_OK;
 }
@@ -289,7 +293,8 @@ static pm_status fill(pm_ctx *ctx, pm_model *m)
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_PARAM));
     if (m->layout.derived > 0)
         PM_TRY(pm_take_memory(ctx, (size_t)m->layout.derived, "the packed weights", &m->derived));
-    PM_TRY(pm_take_memory(ctx, (size_t)foff_count(&m->cfg) * sizeof *m->foff, "the model", &m->foff));
+    PM_TRY(
+        pm_take_memory(ctx, (size_t)foff_count(&m->cfg) * sizeof *m->foff, "the model", &m->foff));
     PM_TRY(pm_take_memory(ctx, numbers_bytes(&m->cfg), "the model", &m->numbers));
     PM_TRY(write_foff(ctx, m));
     return init_weights(ctx, m);
@@ -359,8 +364,8 @@ pm_status pm_model_read(pm_ctx *ctx, pm_model *m, pm_slab slab, float *out)
     return ctx->backend->read(ctx, out, from, slab_bytes(m, slab));
 }
 
-pm_status pm_model_load(pm_ctx *ctx, pm_model *m, const float *param, const float *ema, const float *m1,
-                        const float *v, int64_t step)
+pm_status pm_model_load(pm_ctx *ctx, pm_model *m, const float *param, const float *ema,
+                        const float *m1, const float *v, int64_t step)
 {
     const float *const from[PM_SLABS] = {
         [PM_SLAB_PARAM] = param, [PM_SLAB_EMA] = ema, [PM_SLAB_M] = m1, [PM_SLAB_V] = v};
@@ -373,7 +378,8 @@ pm_status pm_model_load(pm_ctx *ctx, pm_model *m, const float *param, const floa
         if (from[slab])
             PM_TRY(ctx->backend->write(ctx, m->slab[slab], from[slab], slab_bytes(m, slab)));
         else if (slab == PM_SLAB_EMA)
-            PM_TRY(ctx->backend->copy(ctx, m->slab[slab], m->slab[PM_SLAB_PARAM], slab_bytes(m, slab)));
+            PM_TRY(ctx->backend->copy(ctx, m->slab[slab], m->slab[PM_SLAB_PARAM],
+                                      slab_bytes(m, slab)));
         else if (slab != PM_SLAB_GRAD)
             PM_TRY(ctx->backend->zero(ctx, m->slab[slab], slab_bytes(m, slab)));
     }

@@ -23,8 +23,8 @@ struct pm_model {
     float *slab[PM_SLABS];
     char *derived, *ema_derived; /* ema_derived: made by the first sample() from the EMA */
     bool ema_derived_fresh;
-    int32_t *foff;          /* dense (2), then experts (G+S+1) */
-    pm_step_numbers *numbers; /* and PM_LOSS_SLOTS * pm_loss_count floats behind */
+    int32_t *foff;                 /* dense (2), then experts (G+S+1) */
+    pm_step_numbers *numbers;      /* and PM_LOSS_SLOTS * pm_loss_count floats behind */
     pm_step_numbers *host_numbers; /* where they are read to: host memory */
 
     /* one arena for activations and scratch, for the batch size and mode seen last */
@@ -47,7 +47,8 @@ pm_status pm_need_slab(pm_ctx *ctx, pm_model *m, pm_slab slab);
 
 /* The arena holds at least so much. What was in it is lost when it must grow. */
 pm_status pm_need_arena(pm_ctx *ctx, pm_model *m, size_t bytes);
-/* The activations are placed for (B, mode) and the scratch is enough for a whole pass of that mode. */
+/* The activations are placed for (B, mode) and the scratch is enough for a whole pass of that
+ * mode. */
 pm_status pm_need_acts(pm_ctx *ctx, pm_model *m, int64_t B, pm_mode mode);
 
 /* A run over the live weights, with the activations and scratch that pm_need_acts placed. */

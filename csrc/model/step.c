@@ -10,9 +10,10 @@ pm_status pm_check_labels(pm_ctx *ctx, const pm_config *cfg, int64_t B, const in
         if (y[b] < 0 || y[b] >= rows)
             return pm_fail(ctx, PM_EINVAL, "y[%lld] = %lld: a label is 0 to %lld%s", (long long)b,
                            (long long)y[b], (long long)(rows - 1),
-                           cfg->null_label    ? ", the last one meaning no class"
-                           : y[b] == cfg->classes ? " (this model was made without a row for no class)"
-                                                  : "");
+                           cfg->null_label ? ", the last one meaning no class"
+                           : y[b] == cfg->classes
+                               ? " (this model was made without a row for no class)"
+                               : "");
     return PM_OK;
 }
 
@@ -96,19 +97,24 @@ static pm_status reset_gradients(pm_ctx *ctx, pm_model *m, bool zero)
     m->slots = 0;
     m->mse = m->aux = m->weight = 0;
     float *const grad = m->slab[PM_SLAB_GRAD];
-    return grad && zero ? ctx->backend->zero(ctx, grad, (size_t)m->layout.train * sizeof *grad) : PM_OK;
+    return grad && zero ? ctx->backend->zero(ctx, grad, (size_t)m->layout.train * sizeof *grad)
+                        : PM_OK;
 }
 
-pm_status pm_model_zero_gradients(pm_ctx *ctx, pm_model *m) { return reset_gradients(ctx, m, true); }
+pm_status pm_model_zero_gradients(pm_ctx *ctx, pm_model *m)
+{
+    return reset_gradients(ctx, m, true);
+}
 
 static pm_status refuse_incomplete(pm_ctx *ctx, pm_model *m)
 {
     if (!m->gradients_incomplete)
         return PM_OK;
     PM_TRY(reset_gradients(ctx, m, true));
-    return pm_fail(ctx, PM_EINTERNAL,
-                   "the gradients were incomplete, because an accumulate was stopped halfway; they are "
-                   "empty now: accumulate the whole step again");
+    return pm_fail(
+        ctx, PM_EINTERNAL,
+        "the gradients were incomplete, because an accumulate was stopped halfway; they are "
+        "empty now: accumulate the whole step again");
 }
 
 /* Sums of one loss slot. */
@@ -138,7 +144,8 @@ static pm_status fetch_numbers(pm_ctx *ctx, pm_model *m)
     return PM_OK;
 }
 
-/* Forward, loss, and grad += scale * gradient. *touched: the gradients are no longer what they were. */
+/* Forward, loss, and grad += scale * gradient. *touched: the gradients are no longer what they
+ * were. */
 static pm_status forward_backward(pm_run *r, float scale, float *grad, bool *touched)
 {
     PM_TRY(pm_network_forward(r));
@@ -149,7 +156,8 @@ static pm_status forward_backward(pm_run *r, float scale, float *grad, bool *tou
     return pm_network_backward(r);
 }
 
-static pm_status draw(pm_run *r, const pm_model *m, const float *x0, const int64_t *y, int64_t position)
+static pm_status draw(pm_run *r, const pm_model *m, const float *x0, const int64_t *y,
+                      int64_t position)
 {
     const pm_acts *a = r->acts;
     const pm_config *c = r->cfg;
@@ -157,17 +165,29 @@ static pm_status draw(pm_run *r, const pm_model *m, const float *x0, const int64
     PM_WRITE(r->ctx, a->key, key, 2);
     PM_WRITE(r->ctx, a->x0, x0, a->B * c->channels * pm_voxels(c));
     PM_WRITE(r->ctx, a->y0, y, a->B);
-    PM_FORWARD(r, rectified_flow, (pm_rectified_flow_args){
-        .B = a->B, .C = c->channels, .V = pm_voxels(c), .x0 = a->x0, .y = a->y0, .key = a->key,
-        .xt = a->x, .target = a->target, .t = a->t, .label = a->y,
-        .density = c->density, .logit_mean = c->logit_mean, .logit_std = c->logit_std,
-        .sigmoid_scale = c->sigmoid_scale, .shift = c->shift, .drop_prob = c->drop_prob,
-        .null_label = c->classes});
+    PM_FORWARD(r, rectified_flow,
+               (pm_rectified_flow_args){.B = a->B,
+                                        .C = c->channels,
+                                        .V = pm_voxels(c),
+                                        .x0 = a->x0,
+                                        .y = a->y0,
+                                        .key = a->key,
+                                        .xt = a->x,
+                                        .target = a->target,
+                                        .t = a->t,
+                                        .label = a->y,
+                                        .density = c->density,
+                                        .logit_mean = c->logit_mean,
+                                        .logit_std = c->logit_std,
+                                        .sigmoid_scale = c->sigmoid_scale,
+                                        .shift = c->shift,
+                                        .drop_prob = c->drop_prob,
+                                        .null_label = c->classes});
     return PM_OK;
 }
 
-pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *x0, const int64_t *y,
-                              int64_t position, double scale)
+pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *x0,
+                              const int64_t *y, int64_t position, double scale)
 {
     PM_TRY(refuse_incomplete(ctx, m));
     PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
@@ -223,9 +243,9 @@ static pm_status loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float 
     return PM_OK;
 }
 
-pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
-                                 const int64_t *y, const float *target, bool accumulate, double losses[2],
-                                 float *grad)
+pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x,
+                                 const float *t, const int64_t *y, const float *target,
+                                 bool accumulate, double losses[2], float *grad)
 {
     PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
     if (accumulate) {
@@ -249,12 +269,17 @@ pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const floa
 static pm_status optimize(pm_run *r, pm_model *m, bool has_ema)
 {
     float *const grad = m->slab[PM_SLAB_GRAD];
-    PM_FORWARD(r, grad_norm, (pm_grad_norm_args){
-        .M = m->layout.train, .g = grad, .norm = &m->numbers->norm});
-    PM_FORWARD(r, adamw, (pm_adamw_args){
-        .M = m->layout.train, .hyper = m->numbers->hyper, .norm = &m->numbers->norm, .grad = grad,
-        .param = m->slab[PM_SLAB_PARAM], .m = m->slab[PM_SLAB_M], .v = m->slab[PM_SLAB_V],
-        .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL});
+    PM_FORWARD(r, grad_norm,
+               (pm_grad_norm_args){.M = m->layout.train, .g = grad, .norm = &m->numbers->norm});
+    PM_FORWARD(r, adamw,
+               (pm_adamw_args){.M = m->layout.train,
+                               .hyper = m->numbers->hyper,
+                               .norm = &m->numbers->norm,
+                               .grad = grad,
+                               .param = m->slab[PM_SLAB_PARAM],
+                               .m = m->slab[PM_SLAB_M],
+                               .v = m->slab[PM_SLAB_V],
+                               .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL});
     return PM_OK;
 }
 
@@ -262,7 +287,8 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
 {
     PM_TRY(refuse_incomplete(ctx, m));
     if (!m->slab[PM_SLAB_GRAD])
-        return pm_fail(ctx, PM_EINTERNAL, "update: there are no gradients yet: accumulate comes first");
+        return pm_fail(ctx, PM_EINTERNAL,
+                       "update: there are no gradients yet: accumulate comes first");
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_M));
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_V));
     if (o->has_ema)
@@ -273,10 +299,14 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
     PM_TRY(optimize(&r, m, o->has_ema));
     PM_TRY(pm_need_arena(ctx, m, r.scratch_bytes));
     /* Nothing is missing now. */
-    const double hyper[PM_HYPER_COUNT] = {
-        [PM_HYPER_LR] = o->lr, [PM_HYPER_BETA1] = o->beta1, [PM_HYPER_BETA2] = o->beta2,
-        [PM_HYPER_EPS] = o->eps, [PM_HYPER_WEIGHT_DECAY] = o->weight_decay, [PM_HYPER_CLIP] = o->clip,
-        [PM_HYPER_EMA] = o->ema, [PM_HYPER_STEP] = (double)(m->step + 1)};
+    const double hyper[PM_HYPER_COUNT] = {[PM_HYPER_LR] = o->lr,
+                                          [PM_HYPER_BETA1] = o->beta1,
+                                          [PM_HYPER_BETA2] = o->beta2,
+                                          [PM_HYPER_EPS] = o->eps,
+                                          [PM_HYPER_WEIGHT_DECAY] = o->weight_decay,
+                                          [PM_HYPER_CLIP] = o->clip,
+                                          [PM_HYPER_EMA] = o->ema,
+                                          [PM_HYPER_STEP] = (double)(m->step + 1)};
     PM_WRITE(ctx, m->numbers->hyper, hyper, PM_HYPER_COUNT);
     r.dry = false;
     r.scratch = m->arena;
@@ -290,12 +320,16 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
         m->step++;
         PM_TRY(pm_model_derive(ctx, m));
     }
-    *info = (pm_step_info){.mse = m->mse / m->weight, .aux = m->aux / m->weight, .grad_norm = norm,
-                           .step = m->step, .skipped = skipped};
+    *info = (pm_step_info){.mse = m->mse / m->weight,
+                           .aux = m->aux / m->weight,
+                           .grad_norm = norm,
+                           .step = m->step,
+                           .skipped = skipped};
     return reset_gradients(ctx, m, false); /* adamw has emptied the slab */
 }
 
-pm_status pm_model_update(pm_ctx *ctx, pm_model *m, const pm_update_options *options, pm_step_info *info)
+pm_status pm_model_update(pm_ctx *ctx, pm_model *m, const pm_update_options *options,
+                          pm_step_info *info)
 {
     int (*const poll)(void *) = ctx->poll;
     ctx->poll = NULL; /* all of it or nothing */

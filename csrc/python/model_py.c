@@ -1,17 +1,16 @@
-/* model_py.c: promoe._core._Model, the model behind promoe.Model (promoe/model.py). It takes and gives
- * arrays of exactly the types of model/model.h; promoe.Model converts and explains. */
+/* model_py.c: promoe._core._Model, the model behind promoe.Model (promoe/model.py). It takes and
+ * gives arrays of exactly the types of model/model.h; promoe.Model converts and explains. */
 #include "core.h"
 
 #include <stddef.h>
 #include <structmember.h>
 #include <string.h>
 
-#include "../model/model.h"
+#include "config_py.h"
 #include "errors.h"
 
 typedef struct {
-    PyObject_HEAD
-    const pm_backend *backend;
+    PyObject_HEAD const pm_backend *backend;
     PyObject *owner; /* capsule of the pm_model, shared with views of its gradients; NULL: closed */
     bool busy;       /* in a call; guarded by the GIL */
 } Model;
@@ -87,8 +86,8 @@ static void *array_data(PyObject *object, const char *name, int type, int64_t co
         return NULL;
     }
     if ((int64_t)PyArray_SIZE(array) != count) {
-        PyErr_Format(PyExc_ValueError, "%s: %lld elements are expected, not %lld", name, (long long)count,
-                     (long long)PyArray_SIZE(array));
+        PyErr_Format(PyExc_ValueError, "%s: %lld elements are expected, not %lld", name,
+                     (long long)count, (long long)PyArray_SIZE(array));
         return NULL;
     }
     return PyArray_DATA(array);
@@ -106,17 +105,6 @@ static int batch_of(PyObject *object, const char *name, int64_t *B)
     return 0;
 }
 
-static int read_integer(PyObject *object, int64_t *value)
-{
-    *value = PyLong_AsLongLong(object);
-    return *value == -1 && PyErr_Occurred() ? -1 : 0;
-}
-static int read_real(PyObject *object, double *value)
-{
-    *value = PyFloat_AsDouble(object);
-    return *value == -1 && PyErr_Occurred() ? -1 : 0;
-}
-
 static PyArrayObject *new_array(int type, int ndim, const int64_t *shape)
 {
     npy_intp dims[5];
@@ -132,115 +120,6 @@ static PyArrayObject *new_images(const pm_config *c, int64_t B, int64_t channels
     for (int64_t i = 0; i < c->axes; i++)
         shape[2 + i] = c->size[3 - c->axes + i];
     return new_array(NPY_FLOAT32, 2 + (int)c->axes, shape);
-}
-
-/* ---------------------------------------------------------------- the configuration */
-
-typedef struct {
-    const char *name;
-    size_t at;
-    enum { INTEGER, REAL, FLAG, WORD } kind;
-    const char *words; /* of WORD: "a|b|c" */
-} config_field;
-
-#define FIELD(name, kind) {#name, offsetof(pm_config, name), kind, NULL}
-static const config_field config_fields[] = {
-    FIELD(channels, INTEGER), FIELD(out_channels, INTEGER), FIELD(hidden, INTEGER),
-    FIELD(depth, INTEGER), FIELD(heads, INTEGER), FIELD(head, INTEGER), FIELD(mlp_hidden, INTEGER),
-    FIELD(classes, INTEGER), FIELD(null_label, FLAG), FIELD(qk_norm, FLAG),
-    FIELD(experts, INTEGER), FIELD(unconditional, FLAG), FIELD(shared, FLAG), FIELD(interleave, FLAG),
-    FIELD(expert_width, INTEGER), FIELD(shared_width, INTEGER), FIELD(top_k, INTEGER),
-    {"gate", offsetof(pm_config, gate), WORD, "identity|sigmoid|softmax"},
-    FIELD(contrastive_weight, REAL), FIELD(contrastive_temperature, REAL),
-    {"contrastive_assign", offsetof(pm_config, contrastive_assign), WORD, "top1|topk"},
-    FIELD(balance_weight, REAL),
-    {"balance_per", offsetof(pm_config, balance_per), WORD, "batch|sequence"},
-    {"density", offsetof(pm_config, density), WORD, "logit_normal|uniform|mode"},
-    FIELD(logit_mean, REAL), FIELD(logit_std, REAL), FIELD(sigmoid_scale, REAL), FIELD(shift, REAL),
-    FIELD(drop_prob, REAL),
-};
-
-/* The place of a word in "a|b|c", or -1. */
-static int find_word(const char *words, const char *word)
-{
-    const size_t length = strlen(word);
-    for (int i = 0;; i++) {
-        const char *bar = strchr(words, '|');
-        const size_t here = bar ? (size_t)(bar - words) : strlen(words);
-        if (here == length && !memcmp(words, word, length))
-            return i;
-        if (!bar)
-            return -1;
-        words = bar + 1;
-    }
-}
-
-static int read_field(PyObject *value, const config_field *f, pm_config *c)
-{
-    char *const to = (char *)c + f->at;
-    switch (f->kind) {
-    case INTEGER:
-        return read_integer(value, (int64_t *)to);
-    case REAL:
-        return read_real(value, (double *)to);
-    case FLAG: {
-        const int truth = PyObject_IsTrue(value);
-        *(bool *)to = truth == 1;
-        return truth < 0 ? -1 : 0;
-    }
-    case WORD: {
-        const char *word = PyUnicode_AsUTF8(value);
-        const int place = word ? find_word(f->words, word) : -1;
-        *(int *)to = place;
-        if (place < 0 && word)
-            PyErr_Format(PyExc_ValueError, "config: %s is one of %s, not %s", f->name, f->words, word);
-        return place < 0 ? -1 : 0;
-    }
-    }
-    return -1;
-}
-
-/* size and patch: tuples of one to three lengths. */
-static int read_axes(PyObject *dict, const char *name, int64_t *axes, int64_t to[3])
-{
-    PyObject *tuple = PyDict_GetItemString(dict, name);
-    if (!tuple || !PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 1 || PyTuple_GET_SIZE(tuple) > 3) {
-        PyErr_Format(PyExc_TypeError, "config: %s must be a tuple of 1 to 3 lengths", name);
-        return -1;
-    }
-    *axes = PyTuple_GET_SIZE(tuple);
-    to[0] = to[1] = to[2] = 1;
-    for (int64_t i = 0; i < *axes; i++)
-        if (read_integer(PyTuple_GET_ITEM(tuple, i), &to[3 - *axes + i]) < 0)
-            return -1;
-    return 0;
-}
-
-static int read_config(PyObject *dict, pm_config *c)
-{
-    *c = (pm_config){0};
-    if (!PyDict_Check(dict)) {
-        PyErr_SetString(PyExc_TypeError, "config: a dict is expected");
-        return -1;
-    }
-    for (size_t i = 0; i < sizeof config_fields / sizeof *config_fields; i++) {
-        PyObject *value = PyDict_GetItemString(dict, config_fields[i].name);
-        if (!value) {
-            PyErr_Format(PyExc_TypeError, "config: %s is missing", config_fields[i].name);
-            return -1;
-        }
-        if (read_field(value, &config_fields[i], c) < 0)
-            return -1;
-    }
-    int64_t patch_axes;
-    if (read_axes(dict, "size", &c->axes, c->size) < 0 ||
-        read_axes(dict, "patch", &patch_axes, c->patch) < 0)
-        return -1;
-    if (patch_axes != c->axes) {
-        PyErr_SetString(PyExc_ValueError, "config: size and patch have different lengths");
-        return -1;
-    }
-    return 0;
 }
 
 /* ---------------------------------------------------------------- making and closing */
@@ -269,7 +148,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         return NULL;
     pm_config config;
     const pm_backend *backend = find_backend(PyType_GetModule(type), device);
-    if (!backend || read_config(dict, &config) < 0)
+    if (!backend || config_read(dict, &config) < 0)
         return NULL;
     Model *self = (Model *)type->tp_alloc(type, 0);
     if (!self)
@@ -312,7 +191,8 @@ static void model_dealloc(Model *self)
     Py_DECREF(type);
 }
 
-PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\nFree everything; views of the gradients stay valid.");
+PyDoc_STRVAR(close_doc,
+             "close($self, /)\n--\n\nFree everything; views of the gradients stay valid.");
 
 static PyObject *model_close(Model *self, PyObject *Py_UNUSED(none))
 {
@@ -328,52 +208,16 @@ static PyObject *model_close(Model *self, PyObject *Py_UNUSED(none))
 
 /* ---------------------------------------------------------------- what it is */
 
-static pm_status list_param(void *arg, const pm_param *p)
-{
-    PyObject *shape = PyTuple_New(p->ndim);
-    for (int i = 0; shape && i < p->ndim; i++) {
-        PyObject *length = PyLong_FromLongLong(p->shape[i]);
-        if (!length)
-            Py_CLEAR(shape);
-        else
-            PyTuple_SET_ITEM(shape, i, length);
-    }
-    PyObject *row = shape ? Py_BuildValue("sNLLO", p->name, shape, (long long)p->at, (long long)p->count,
-                                          p->kind == PM_TRAIN ? Py_True : Py_False)
-                          : NULL;
-    const int failed = !row || PyList_Append(arg, row) < 0;
-    Py_XDECREF(row);
-    return failed ? PM_ENOMEM : PM_OK;
-}
-
 PyDoc_STRVAR(index_doc,
              "index($self, /)\n--\n\n"
              "Every official tensor: (name, shape, first element in a slab, elements, trained).");
-
-static PyObject *list_params(pm_ctx *ctx, const pm_config *config)
-{
-    PyObject *list = PyList_New(0);
-    if (list && pm_visit_params(ctx, config, list_param, list) != PM_OK)
-        Py_CLEAR(list);
-    return list;
-}
 
 static PyObject *model_index(Model *self, PyObject *Py_UNUSED(none))
 {
     if (check_idle(self) < 0)
         return NULL;
     pm_ctx ctx = {.backend = self->backend};
-    return list_params(&ctx, pm_model_config(model_of(self)));
-}
-
-static PyObject *config_index(PyObject *module, PyObject *dict)
-{
-    pm_config config;
-    pm_ctx ctx = {.backend = core_get_state(module)->backend};
-    if (read_config(dict, &config) < 0)
-        return NULL;
-    const pm_status status = pm_config_check(&ctx, &config);
-    return status == PM_OK ? list_params(&ctx, &config) : core_raise(&ctx, status);
+    return config_list_params(&ctx, pm_model_config(model_of(self)));
 }
 
 static PyObject *get_step(Model *self, void *Py_UNUSED(closure))
@@ -401,7 +245,7 @@ PyDoc_STRVAR(read_doc, "read($self, slab, /)\n--\n\n"
 static PyObject *model_read(Model *self, PyObject *name)
 {
     const char *word = PyUnicode_AsUTF8(name);
-    const int slab = word ? find_word("param|ema|grad|exp_avg|exp_avg_sq", word) : -1;
+    const int slab = word ? config_find_word("param|ema|grad|exp_avg|exp_avg_sq", word) : -1;
     if (slab < 0) {
         if (word)
             PyErr_Format(PyExc_ValueError, "_Model.read: no slab %s", word);
@@ -442,7 +286,7 @@ static PyObject *model_load(Model *self, PyObject *const *args, Py_ssize_t n)
     const float *m1 = array_data(args[2], "exp_avg", NPY_FLOAT32, train, true);
     const float *v = array_data(args[3], "exp_avg_sq", NPY_FLOAT32, train, true);
     int64_t step;
-    if (PyErr_Occurred() || read_integer(args[4], &step) < 0)
+    if (PyErr_Occurred() || config_integer(args[4], &step) < 0)
         return NULL;
     core_section section;
     pm_ctx ctx;
@@ -502,8 +346,9 @@ static int read_batch(const pm_config *c, PyObject *x, PyObject *t, PyObject *y,
     return b->y ? 0 : -1;
 }
 
-PyDoc_STRVAR(forward_doc, "forward($self, x, t, y, choice, weight, /)\n--\n\n"
-                          "The output; choice and weight, (layers, B, T, A) or None, force the routing.");
+PyDoc_STRVAR(forward_doc,
+             "forward($self, x, t, y, choice, weight, /)\n--\n\n"
+             "The output; choice and weight, (layers, B, T, A) or None, force the routing.");
 
 static PyObject *model_forward(Model *self, PyObject *const *args, Py_ssize_t n)
 {
@@ -550,13 +395,15 @@ static PyObject *model_routing(Model *self, PyObject *const *args, Py_ssize_t n)
     const int64_t shape[] = {pm_model_expert_layers(m), b.B, pm_tokens(c), c->top_k};
     const int64_t load_shape[] = {shape[0], pm_plan_groups(c)};
     PyArrayObject *out = new_images(c, b.B, c->out_channels);
-    PyArrayObject *choice = new_array(NPY_INT32, 4, shape), *weight = new_array(NPY_FLOAT32, 4, shape);
+    PyArrayObject *choice = new_array(NPY_INT32, 4, shape),
+                  *weight = new_array(NPY_FLOAT32, 4, shape);
     PyArrayObject *load = new_array(NPY_INT32, 2, load_shape);
     PyObject *result = NULL;
     core_section section;
     pm_ctx ctx;
     if (out && choice && weight && load && begin(self, &section, &ctx) == 0) {
-        pm_status status = pm_model_forward(&ctx, m, b.B, b.x, b.t, b.y, NULL, NULL, PyArray_DATA(out));
+        pm_status status =
+            pm_model_forward(&ctx, m, b.B, b.x, b.t, b.y, NULL, NULL, PyArray_DATA(out));
         if (status == PM_OK)
             status = pm_model_routing(&ctx, m, PyArray_DATA(choice), PyArray_DATA(weight),
                                       PyArray_DATA(load));
@@ -598,8 +445,8 @@ static PyObject *model_loss_and_grad(Model *self, PyObject *const *args, Py_ssiz
         Py_DECREF(grad);
         return NULL;
     }
-    const pm_status status = pm_model_loss_and_grad(&ctx, m, b.B, b.x, b.t, b.y, target, accumulate > 0,
-                                                    losses, PyArray_DATA(grad));
+    const pm_status status = pm_model_loss_and_grad(&ctx, m, b.B, b.x, b.t, b.y, target,
+                                                    accumulate > 0, losses, PyArray_DATA(grad));
     end(self, &section);
     if (status == PM_OK)
         return Py_BuildValue("ddN", losses[0], losses[1], grad);
@@ -622,7 +469,7 @@ static PyObject *model_accumulate(Model *self, PyObject *const *args, Py_ssize_t
         return NULL;
     const float *x0 = array_data(args[0], "x0", NPY_FLOAT32, B * c->channels * pm_voxels(c), false);
     const int64_t *y = x0 ? array_data(args[1], "y", NPY_INT64, B, false) : NULL;
-    if (!y || read_integer(args[2], &position) < 0 || read_real(args[3], &scale) < 0)
+    if (!y || config_integer(args[2], &position) < 0 || config_real(args[3], &scale) < 0)
         return NULL;
     core_section section;
     pm_ctx ctx;
@@ -643,10 +490,10 @@ static PyObject *model_update(Model *self, PyObject *const *args, Py_ssize_t n)
     if (count_args("update", n, 7) < 0)
         return NULL;
     pm_update_options o = {.has_ema = args[6] != Py_None};
-    if (read_real(args[0], &o.lr) < 0 || read_real(args[1], &o.beta1) < 0 ||
-        read_real(args[2], &o.beta2) < 0 || read_real(args[3], &o.eps) < 0 ||
-        read_real(args[4], &o.weight_decay) < 0 || read_real(args[5], &o.clip) < 0 ||
-        (o.has_ema && read_real(args[6], &o.ema) < 0))
+    if (config_real(args[0], &o.lr) < 0 || config_real(args[1], &o.beta1) < 0 ||
+        config_real(args[2], &o.beta2) < 0 || config_real(args[3], &o.eps) < 0 ||
+        config_real(args[4], &o.weight_decay) < 0 || config_real(args[5], &o.clip) < 0 ||
+        (o.has_ema && config_real(args[6], &o.ema) < 0))
         return NULL;
     pm_step_info info;
     core_section section;
@@ -694,11 +541,11 @@ static int call_step(void *arg, int64_t step, const float *latents)
     PyObject *result = NULL;
     PyArrayObject *copy = new_images(call->config, call->n, call->config->channels);
     if (copy) {
-        const pm_status status =
-            call->ctx->backend->read(call->ctx, PyArray_DATA(copy), latents, (size_t)PyArray_NBYTES(copy));
-        result = status == PM_OK
-                     ? PyObject_CallFunction(call->callback, "LO", (long long)step, (PyObject *)copy)
-                     : core_raise(call->ctx, status);
+        const pm_status status = call->ctx->backend->read(call->ctx, PyArray_DATA(copy), latents,
+                                                          (size_t)PyArray_NBYTES(copy));
+        result = status == PM_OK ? PyObject_CallFunction(call->callback, "LO", (long long)step,
+                                                         (PyObject *)copy)
+                                 : core_raise(call->ctx, status);
     }
     Py_XDECREF(copy);
     Py_XDECREF(result);
@@ -706,9 +553,10 @@ static int call_step(void *arg, int64_t step, const float *latents)
     return !result;
 }
 
-PyDoc_STRVAR(sample_doc,
-             "sample($self, labels, steps, cfg, shift, seed, first, ema, one_batch, noise, callback, /)\n"
-             "--\n\nImages; one_batch is 1, 0 or -1 (as is best), noise and callback may be None.");
+PyDoc_STRVAR(
+    sample_doc,
+    "sample($self, labels, steps, cfg, shift, seed, first, ema, one_batch, noise, callback, /)\n"
+    "--\n\nImages; one_batch is 1, 0 or -1 (as is best), noise and callback may be None.");
 
 static PyObject *model_sample(Model *self, PyObject *const *args, Py_ssize_t n)
 {
@@ -722,9 +570,9 @@ static PyObject *model_sample(Model *self, PyObject *const *args, Py_ssize_t n)
         return NULL;
     o.labels = array_data(args[0], "labels", NPY_INT64, o.n, false);
     const int ema = PyObject_IsTrue(args[6]);
-    if (!o.labels || read_integer(args[1], &o.steps) < 0 || read_real(args[2], &o.cfg) < 0 ||
-        read_real(args[3], &o.shift) < 0 || read_integer(args[4], &o.seed) < 0 ||
-        read_integer(args[5], &o.first) < 0 || ema < 0 || read_integer(args[7], &one_batch) < 0)
+    if (!o.labels || config_integer(args[1], &o.steps) < 0 || config_real(args[2], &o.cfg) < 0 ||
+        config_real(args[3], &o.shift) < 0 || config_integer(args[4], &o.seed) < 0 ||
+        config_integer(args[5], &o.first) < 0 || ema < 0 || config_integer(args[7], &one_batch) < 0)
         return NULL;
     o.ema = ema > 0;
     o.one_batch = (int)one_batch;
@@ -751,46 +599,22 @@ static PyObject *model_sample(Model *self, PyObject *const *args, Py_ssize_t n)
     return core_raise(&ctx, status);
 }
 
-/* ---------------------------------------------------------------- memory */
-
-PyDoc_STRVAR(memory_doc, "_memory_estimate($module, config, batch, training, /)\n--\n\n"
-                         "Bytes per part, before anything is allocated.");
-
-static PyObject *memory_estimate(PyObject *module, PyObject *const *args, Py_ssize_t n)
-{
-    pm_config config;
-    int64_t B;
-    if (count_args("memory_estimate", n, 3) < 0 || read_config(args[0], &config) < 0 ||
-        read_integer(args[1], &B) < 0)
-        return NULL;
-    const int training = PyObject_IsTrue(args[2]);
-    if (training < 0)
-        return NULL;
-    pm_ctx ctx = {.backend = core_get_state(module)->backend};
-    pm_memory memory = {0};
-    core_section section;
-    if (core_enter(&section, &ctx) < 0)
-        return NULL;
-    const pm_status status = pm_memory_estimate(&ctx, &config, B, training > 0, &memory);
-    core_leave(&section);
-    if (status != PM_OK)
-        return core_raise(&ctx, status);
-    return Py_BuildValue("{sLsLsLsLsLsLsL}", "parameters", (long long)memory.parameters, "derived",
-                         (long long)memory.derived, "gradients", (long long)memory.gradients, "moments",
-                         (long long)memory.moments, "ema", (long long)memory.ema, "activations",
-                         (long long)memory.activations, "scratch", (long long)memory.scratch);
-}
-
 /* ---------------------------------------------------------------- the type */
 
 #define METHOD(name, flags) {#name, (PyCFunction)(void (*)(void))model_##name, flags, name##_doc}
 static PyMethodDef methods[] = {
-    METHOD(index, METH_NOARGS),          METHOD(read, METH_O),
-    METHOD(load, METH_FASTCALL),         METHOD(gradients, METH_NOARGS),
-    METHOD(forward, METH_FASTCALL),      METHOD(routing, METH_FASTCALL),
-    METHOD(loss_and_grad, METH_FASTCALL), METHOD(accumulate, METH_FASTCALL),
-    METHOD(update, METH_FASTCALL),       METHOD(zero_gradients, METH_NOARGS),
-    METHOD(sample, METH_FASTCALL),       METHOD(close, METH_NOARGS),
+    METHOD(index, METH_NOARGS),
+    METHOD(read, METH_O),
+    METHOD(load, METH_FASTCALL),
+    METHOD(gradients, METH_NOARGS),
+    METHOD(forward, METH_FASTCALL),
+    METHOD(routing, METH_FASTCALL),
+    METHOD(loss_and_grad, METH_FASTCALL),
+    METHOD(accumulate, METH_FASTCALL),
+    METHOD(update, METH_FASTCALL),
+    METHOD(zero_gradients, METH_NOARGS),
+    METHOD(sample, METH_FASTCALL),
+    METHOD(close, METH_NOARGS),
     {NULL, NULL, 0, NULL},
 };
 
@@ -805,8 +629,8 @@ static PyGetSetDef attributes[] = {
 PyDoc_STRVAR(model_doc, "_Model(config, seed, device, /)\n--\n\nThe model behind promoe.Model.");
 
 static PyType_Slot type_slots[] = {
-    {Py_tp_doc, (void *)model_doc}, {Py_tp_new, model_new},       {Py_tp_dealloc, model_dealloc},
-    {Py_tp_methods, methods},       {Py_tp_getset, attributes},   {0, NULL},
+    {Py_tp_doc, (void *)model_doc}, {Py_tp_new, model_new},     {Py_tp_dealloc, model_dealloc},
+    {Py_tp_methods, methods},       {Py_tp_getset, attributes}, {0, NULL},
 };
 
 static PyType_Spec type_spec = {
@@ -816,17 +640,11 @@ static PyType_Spec type_spec = {
     .slots = type_slots,
 };
 
-static PyMethodDef functions[] = {
-    {"_index", config_index, METH_O, "_index($module, config, /)\n--\n\n_Model.index without a model."},
-    {"_memory_estimate", (PyCFunction)(void (*)(void))memory_estimate, METH_FASTCALL, memory_doc},
-    {NULL, NULL, 0, NULL},
-};
-
 int model_py_register(PyObject *module)
 {
     core_state *state = core_get_state(module);
     state->model_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &type_spec, NULL);
-    if (!state->model_type || PyModule_AddFunctions(module, functions) < 0)
+    if (!state->model_type || config_py_register(module) < 0)
         return -1;
     return PyModule_AddType(module, state->model_type);
 }

@@ -91,7 +91,7 @@ class Model:
 
     def run(self, x, t, y, target=None):
         self.tape, self.choices, self.aux, c = Tape(), [], [], self.c
-        tape, D, T, B = self.tape, c.hidden_size, c.tokens, len(x)
+        tape, D, B = self.tape, c.hidden_size, len(x)
         self.B, self.y = B, np.asarray(y)
         grid = self.grid()
         h = tape.op("patch_embed", "y", {
@@ -156,7 +156,7 @@ class Model:
         return tape.add(h, tape.scaled(self.ffn(x, f"blocks.{i}.mlp.", i), gate2, T))
 
     def ffn(self, x, prefix, i):
-        c, tape = self.c, self.tape
+        c = self.c
         if i not in c.expert_blocks:
             return self.experts(x, [(prefix + "fc1", prefix + "fc2")], {}, Z=c.mlp_hidden_size)
         names = [f"{prefix}experts.{j}." for j in range(c.plan_groups)]

@@ -6,7 +6,7 @@ import pytest
 import promoe
 from promoe import _core
 from promoe.model import _core_config
-from tests.model.common import SMALL, CASES, batch, golden, golden_model
+from tests.model.common import CASES, SMALL, batch, golden, golden_model
 
 # methods of the papers: all parameters, and those of them that are trained (without pos_embed)
 TOTALS = {

@@ -10,7 +10,15 @@ import pytest
 
 import promoe
 from promoe import _core
-from tests.model.common import CASES, SMALL, assert_gradients, batch, golden, golden_model, small_model
+from tests.model.common import (
+    CASES,
+    SMALL,
+    assert_gradients,
+    batch,
+    golden,
+    golden_model,
+    small_model,
+)
 
 
 def trained_model():

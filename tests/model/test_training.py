@@ -9,7 +9,15 @@ import pytest
 import promoe
 from promoe import ops
 from tests.model import oracle
-from tests.model.common import SMALL, assert_gradients, batch, golden, golden_model, relative, small_model
+from tests.model.common import (
+    SMALL,
+    assert_gradients,
+    batch,
+    golden,
+    golden_model,
+    relative,
+    small_model,
+)
 from tests.oracle import adamw, rectified_flow
 
 OPTIONS = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, clip=0.5, ema=0.9)
