@@ -50,7 +50,9 @@ def _case(N, D, E, part=None, edit=None):
 
 def _zeros(values):
     values["x"][[0, 5]] = 0
+    values["x"][2] *= np.float32(1e-13)  # below EPS, and not zero
     values["proto"][[1, 3]] = 0
+    values["proto"][2] *= np.float32(5e-12)
 
 
 def _small(values):  # a scale changes nothing but the size of the gradients
