@@ -15,7 +15,7 @@ report.sample_grid(x, columns=8, labels=labels)
 layers = run.model.routing(x[::8], t=100.0, y=labels[::8])  # which expert took which token
 report.routing_map(np.stack([layer.expert[:, :, 0] for layer in layers]), x[::8])
 
-model = promoe.Model(config.replace(top_k=2, router_gate="softmax"), seed=1)  # another router, by hand
+model = promoe.Model(config.replace(top_k=2, router_gate="softmax"))  # another router, by hand
 x0, y = promoe.load_digits()
 for step in range(10):
     model.accumulate(x0[:64], y[:64], position=64 * step)

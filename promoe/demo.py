@@ -3,9 +3,8 @@
     python -m promoe.demo            (or: make demo)
 
 It writes samples.png, loss.png, routing.png and report.json beside the training run. The same
-command again continues a run that was stopped, and does not train a finished one again: its pictures
-and figures are made anew. Another seed, or another number of steps below those done, needs another
-folder.
+command again continues a run that was stopped, and does not train a finished one again: its
+pictures and figures are made anew. Another seed needs another folder.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from promoe.data import load_digits
 
 __all__ = ["RECIPE", "demo", "main"]
 
-RECIPE = dict(batch_size=64, lr=1e-3, warmup=50, clip=0.5, ema=0.995)  # and 1,500 updates: 64 epochs
-STEPS = 1500
+RECIPE = dict(batch_size=64, lr=1e-3, warmup=50, clip=0.5, ema=0.995)
+STEPS = 1500  # updates: 64 epochs
 GUIDANCE = 1.5
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where the load of the experts is counted
 SHOWN_LEVEL = 0.3  # and where routing.png looks
 
 
-def demo(out="runs/demo", *, config="ProMoE-digits", steps=STEPS, samples=1000, sample_steps=30, seed=0,
-         since=None, progress=True, **recipe):
+def demo(out="runs/demo", *, config="ProMoE-digits", steps=STEPS, samples=1000, sample_steps=30,
+         seed=0, since=None, progress=True, **recipe):
     """Train, sample, evaluate, draw.
 
     Parameters
@@ -44,8 +43,8 @@ def demo(out="runs/demo", *, config="ProMoE-digits", steps=STEPS, samples=1000, 
     config : ModelConfig or str
         A model of the embedded digits.
     steps, samples, sample_steps, seed : int
-        Updates; samples that are judged (a multiple of the 10 classes); Euler steps of each; seed of
-        everything.
+        Updates; samples that are judged (a multiple of the 10 classes); Euler steps of each; seed
+        of everything.
     since : float, optional
         Unix time at which the preparations began, for the report.
     progress : bool
@@ -56,9 +55,9 @@ def demo(out="runs/demo", *, config="ProMoE-digits", steps=STEPS, samples=1000, 
     Returns
     -------
     dict
-        What report.json holds. Beside the figures of `evaluate.score_digits`: load and balance of the
-        experts on held-out digits at five noise levels, a tenth of them without a class; the last
-        losses; seconds per part; and what was run.
+        What report.json holds. Beside the figures of `evaluate.score_digits`: load and balance of
+        the experts on held-out digits at five noise levels, a tenth of them without a class; the
+        last losses; seconds per part; and what was run.
     """
     config = promoe.preset(config) if isinstance(config, str) else config
     out = Path(out)
@@ -79,14 +78,15 @@ def demo(out="runs/demo", *, config="ProMoE-digits", steps=STEPS, samples=1000, 
                            checkpoint_every=500, progress=progress, **recipe)
     with part("sample"):
         labels = np.arange(samples) % config.num_classes
-        x = promoe.sample(run.model, labels, steps=sample_steps, cfg=GUIDANCE, seed=seed, batch_size=250,
-                          progress=progress)
+        x = promoe.sample(run.model, labels, steps=sample_steps, cfg=GUIDANCE, seed=seed,
+                          batch_size=250, progress=progress)
     with part("evaluate"):
         score = evaluate.score_digits(x, labels)
         layers = _route(run.model, *_held_out(config, 10), NOISE_LEVELS, seed)
     with part("pictures"):
         _draw(out, run, x, labels, layers, seed)
-    seconds["total"] = round(time.perf_counter() - begin + seconds.get("environment_and_build", 0), 1)
+    prepared = seconds.get("environment_and_build", 0)
+    seconds["total"] = round(prepared + time.perf_counter() - begin, 1)
 
     last = run.history[-50:]
     found = {
@@ -126,7 +126,7 @@ def _held_out(config, every):
 
 
 def _route(model, x, y, levels, seed):
-    """What the routers do with digits at noise levels in (0, 1): a list of Routing, levels in a batch.
+    """What the routers do with digits at noise levels in (0, 1), in one batch: a list of Routing.
 
     The input of level s is (1 - s) x + s noise at time 1000 s, as in training.
     """
@@ -158,8 +158,10 @@ def _draw(out, run, x, labels, layers, seed):
         names=[f"block {layer.block}" for layer in shown],
         titles=[f"class {label}" for label in y[:10]] + ["no class"] * 2,
         load=np.array(counts) / layers[0].expert[..., 0].size,
-        title=f"Which expert took which token of a held-out digit? Colours: at noise level {SHOWN_LEVEL:g}, "
-              f"tokens of {config.patches[0]} x {config.patches[1]} pixels; bars: all digits and noise levels")
+        title=f"Which expert took which token of a held-out digit? "
+              f"Colours: at noise level {SHOWN_LEVEL:g}, "
+              f"tokens of {config.patches[0]} x {config.patches[1]} pixels; "
+              f"bars: all digits and noise levels")
     report.save_png(figure, out / "routing.png")
 
 
@@ -169,11 +171,12 @@ def _draw(out, run, x, labels, layers, seed):
 def summary(found, out):
     """The report in a few lines."""
     out, seconds = Path(out), found["seconds"]
+    parts = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items() if name != "total")
     return "\n".join([
         f"{found['training']['steps']:,} updates of {found['training']['batch_size']} digits, "
-        f"{seconds['total']:.0f} s in all ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items() if k != 'total')})",
-        f"recognised as the digit asked for: {found['recognised']:.1%} of {found['samples']} samples "
-        f"(the classifier is right on {found['classifier_accuracy']:.1%} of held-out digits)",
+        f"{seconds['total']:.0f} s in all ({parts})",
+        f"recognised as the digit asked for: {found['recognised']:.1%} of {found['samples']} "
+        f"samples (the classifier is right on {found['classifier_accuracy']:.1%} of held-out digits)",
         f"Frechet distance to held-out digits: samples {found['frechet_samples']:.2f}, "
         f"training digits {found['frechet_train']:.2f}",
         f"distance to the nearest training digit: samples {found['nearest_train']:.2f}, "
@@ -184,10 +187,12 @@ def summary(found, out):
 
 def main(argv=None):
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m promoe.demo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m promoe.demo",
+                                     description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="runs/demo", help="folder to write to (%(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates (%(default)s)")
-    parser.add_argument("--samples", type=int, default=1000, help="samples that are judged (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1000,
+                        help="samples that are judged (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
     parser.add_argument("--since", type=float, help="Unix time at which make began, for the report")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -195,8 +200,8 @@ def main(argv=None):
     config = promoe.preset("ProMoE-digits")
     print(cli.headline(config), flush=True)
     try:
-        found = demo(arguments.out, steps=arguments.steps, samples=arguments.samples, seed=arguments.seed,
-                     since=arguments.since, progress=not arguments.quiet)
+        found = demo(arguments.out, steps=arguments.steps, samples=arguments.samples,
+                     seed=arguments.seed, since=arguments.since, progress=not arguments.quiet)
     except (CheckpointError, ImportError, OSError, ValueError) as error:
         print(f"promoe.demo: error: {error}", file=sys.stderr)
         return 1

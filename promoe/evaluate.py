@@ -88,7 +88,8 @@ def digit_classifier():
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise ImportError("the classifier needs scikit-learn: pip install 'promoe[demo]'") from error
+        raise ImportError("the classifier needs scikit-learn: "
+                          "pip install 'promoe[demo]'") from error
     x, y = load_digits("train")
     classifier = SVC(C=10.0, gamma="scale").fit(x.reshape(len(x), -1), y)
     x, y = load_digits("heldout")
@@ -141,7 +142,7 @@ def score_digits(x, labels, seed=0):
 
 
 def expert_names(config):
-    """Of the experts of a block in the order of `Routing.load`: "expert 0", ..., "unconditional"."""
+    """Of the experts of a block, as in `Routing.load`: "expert 0", ..., "unconditional"."""
     names = [f"expert {i}" for i in range(config.num_routed_experts)]
     return names + ["unconditional"] * (config.plan_groups - config.num_routed_experts)
 
@@ -183,8 +184,9 @@ def load_balance(layers, config):
     for layer in layers:
         load = np.asarray(layer.load[:config.num_routed_experts], np.float64)
         share = load[load > 0] / max(load.sum(), 1)
+        entropy = -(share * np.log(share)).sum()
         balance[f"block {layer.block}"] = {
             "largest_over_mean": float(load.max() / load.mean()) if load.any() else 0.0,
-            "effective_experts": float(np.exp(-(share * np.log(share)).sum())) if load.any() else 0.0,
+            "effective_experts": float(np.exp(entropy)) if load.any() else 0.0,
         }
     return balance

@@ -75,7 +75,8 @@ def loss_curve(history, smooth=None):
               ("aux", "tab:orange", "auxiliary losses of the routers", "log")]
     curves = [c for c in curves if c[0] == "mse" or any(r[c[0]] for r in kept)]
     figure = _figure(figsize=(5 * len(curves), 3.2))
-    for (name, colour, what, scale), axes in zip(curves, figure.subplots(1, len(curves), squeeze=False)[0]):
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for (name, colour, what, scale), axes in zip(curves, panels):
         values = np.array([r[name] for r in kept], np.float64)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
         if len(kept):
@@ -132,7 +133,8 @@ def routing_map(experts, x=None, *, grid=None, names=None, groups=None, titles=N
     bars = 3 if load is not None else 0  # width in samples
     height = 0.85 * (layers + first) + 0.35 * (1 + bool(title) + bool(titles))
     figure = _figure(figsize=(0.8 * (n + bars) + 1.2, height))
-    cells = figure.add_gridspec(layers + first, n + bool(bars), width_ratios=[1] * n + [bars] * bool(bars))
+    widths = [1] * n + [bars] * bool(bars)
+    cells = figure.add_gridspec(layers + first, len(widths), width_ratios=widths)
     for row in range(-first, layers):
         for i in range(n):
             axes = figure.add_subplot(cells[row + first, i])
@@ -141,8 +143,9 @@ def routing_map(experts, x=None, *, grid=None, names=None, groups=None, titles=N
             if row < 0:
                 _show(axes, pictures[i])
             else:
-                axes.imshow(_tinted(experts[row, i].reshape(grid), colours, pictures[i] if first else None),
-                            interpolation="nearest", extent=(0, grid[1], grid[0], 0))
+                shown = _tinted(experts[row, i].reshape(grid), colours,
+                                pictures[i] if first else None)
+                axes.imshow(shown, interpolation="nearest", extent=(0, grid[1], grid[0], 0))
                 axes.vlines(range(1, grid[1]), 0, grid[0], color="white", linewidth=0.6)
                 axes.hlines(range(1, grid[0]), 0, grid[1], color="white", linewidth=0.6)
             if i == 0:
@@ -151,9 +154,10 @@ def routing_map(experts, x=None, *, grid=None, names=None, groups=None, titles=N
             if titles and row == -first:
                 axes.set_title(titles[i], fontsize=9)
         if bars and row >= 0:
-            _load_bars(figure.add_subplot(cells[row + first, n]), load[row], colours, row == layers - 1)
-    figure.legend(handles=_legend(groups, colours), loc="outside lower center", ncols=min(len(groups), 10),
-                  fontsize=9, frameon=False, handlelength=1, handleheight=1)
+            axes = figure.add_subplot(cells[row + first, n])
+            _load_bars(axes, load[row], colours, row == layers - 1)
+    figure.legend(handles=_legend(groups, colours), loc="outside lower center", fontsize=9,
+                  ncols=min(len(groups), 10), frameon=False, handlelength=1, handleheight=1)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -168,12 +172,12 @@ def _pictures(where, x):
 
 
 def _show(axes, picture):
-    axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1,
-                interpolation="nearest")
+    axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0,
+                vmax=1, interpolation="nearest")
 
 
 def _tinted(experts, colours, picture):
-    """(height, width, 3): each token in the colour of its expert, paler where the picture is dark."""
+    """Each token in the colour of its expert, paler where the picture is dark: (h, w, 3)."""
     if picture is not None:
         times = [picture.shape[axis] // experts.shape[axis] for axis in (0, 1)]
         experts = experts.repeat(times[0], 0).repeat(times[1], 1)
@@ -194,8 +198,8 @@ def _load_bars(axes, shares, colours, last):
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"] if last else [""] * 3, fontsize=8)
     for i, share in enumerate(shares):
         inside = share > 0.7
-        axes.text(share - 0.02 if inside else share + 0.02, i, f"{share:.0%}", va="center", fontsize=6,
-                  ha="right" if inside else "left", color="white" if inside else "black")
+        axes.text(share - 0.02 if inside else share + 0.02, i, f"{share:.0%}", va="center",
+                  ha="right" if inside else "left", color="white" if inside else "black", fontsize=6)
     axes.spines[["top", "right"]].set_visible(False)
     if last:
         axes.set_xlabel("share of the tokens", fontsize=9)
@@ -207,7 +211,8 @@ def _legend(groups, colours):
     return [Patch(color=colour, label=name) for name, colour in zip(groups, colours)]
 
 
-HUES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#bcbd22", "#17becf", "#e377c2", "#8c564b")
+HUES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#bcbd22", "#17becf", "#e377c2",
+        "#8c564b")
 OTHERS = {"unconditional": "#666666", "shared": "#1a1a1a"}  # by the first word of the name
 
 

@@ -41,8 +41,8 @@ def test_files_and_keys(finished):
                  "nearest_train", "nearest_heldout"):
         assert np.isfinite(found[name]), name
     assert found["samples"] == 30 and found["training"]["images"] == 32
-    assert set(found["seconds"]) == {"environment_and_build", "train", "sample", "evaluate", "pictures",
-                                     "total"}
+    assert set(found["seconds"]) == {"environment_and_build", "train", "sample", "evaluate",
+                                     "pictures", "total"}
 
 
 def test_an_untrained_model_is_not_recognised(finished):
@@ -98,8 +98,9 @@ def test_another_run_is_not_overwritten(finished, capsys):
 
 
 def test_command(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "promoe.demo", "--out", str(tmp_path), "--steps", "2",
-                           "--samples", "20", "--quiet"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "promoe.demo", "--out", str(tmp_path), "--steps", "2",
+               "--samples", "20", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.match(r"promoe \S+: cpu, \d+ threads", done.stdout)
     assert all(str(tmp_path / name) in done.stdout for name in FILES)
