@@ -705,6 +705,28 @@ class Model:
                  for i in range(0, n, size)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    # ------------------------------------------------------------ where the time goes
+
+    def profile(self, on: bool | None = None) -> dict[str, dict[str, float]]:
+        """Seconds in each op since `profile(True)`.
+
+        Parameters
+        ----------
+        on : bool, optional
+            True empties the counters and counts from now; False empties them and stops. By default
+            nothing changes.
+
+        Returns
+        -------
+        dict
+            What was counted until now: "<op> forward", "<op> backward" and "derive" (packing the weights
+            after an update) -> {"seconds", "calls"}, the slowest first.
+        """
+        rows = self._core.profile(None if on is None else bool(on))
+        return {op if op == "derive" else f"{op} {'backward' if backward else 'forward'}":
+                {"seconds": seconds, "calls": calls}
+                for op, backward, seconds, calls in sorted(rows, key=lambda row: -row[2])}
+
 
 def _restore(config, seed, device, compute, objective, param, ema, exp_avg, exp_avg_sq, step):
     """A pickled or copied model."""

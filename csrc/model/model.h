@@ -103,6 +103,20 @@ typedef struct {
 pm_status pm_model_sample(pm_ctx *ctx, pm_model *model, const pm_sample_options *options,
                           float *out);
 
+/* ---------------------------------------------------------------- where the time goes */
+
+/* Empties the counters; on: seconds and calls of every op are counted from now. */
+void pm_model_profile(pm_model *model, bool on);
+
+typedef struct {
+    const char *op; /* of ops.def, or "derive": packing the weights again after an update */
+    bool backward;
+    double seconds;
+    int64_t calls;
+} pm_profile_entry;
+/* Entry i = 0, 1, ...; false: there are no more. */
+bool pm_model_profile_entry(const pm_model *model, int64_t i, pm_profile_entry *entry);
+
 /* ---------------------------------------------------------------- memory */
 
 typedef struct {

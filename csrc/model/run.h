@@ -7,8 +7,24 @@
 #ifndef PM_MODEL_RUN_H
 #define PM_MODEL_RUN_H
 
+#include "../base/os.h"
 #include "acts.h"
 #include "params.h"
+
+/* Where the time goes, by op and direction. Off unless somebody asked (pm_model_profile). */
+typedef enum {
+#define PM_OP(op, OP, direction) PM_OP_##op,
+#include "../ops.def"
+#undef PM_OP
+    PM_OP_COUNT
+} pm_op;
+typedef struct {
+    bool on;
+    double seconds[PM_OP_COUNT][2]; /* forward, backward */
+    int64_t calls[PM_OP_COUNT][2];
+    double derive_seconds; /* packing the weights again after an update */
+    int64_t derive_calls;
+} pm_profile;
 
 /* A set of parameters and their derived twins: the live ones, or the EMA. */
 typedef struct {
@@ -27,6 +43,7 @@ typedef struct {
     float *losses; /* pm_loss_count numbers: mse, then contrastive and balance of each block */
     bool forced;   /* choice and weight of every expert layer are given: the router is not asked */
     bool dry;
+    pm_profile *profile; /* NULL: nobody is measuring */
     void *scratch;
     size_t scratch_bytes; /* what a dry run found */
 } pm_run;
@@ -61,13 +78,40 @@ static inline pm_status pm_before_op(pm_run *r, size_t workspace)
     return PM_OK;
 }
 
+/* Around an op that runs, when somebody measures. */
+static inline pm_status pm_profile_begin(const pm_run *r, double *began)
+{
+    if (!r->profile)
+        return PM_OK;
+    PM_TRY(r->ctx->backend->sync(r->ctx));
+    *began = pm_os_seconds();
+    return PM_OK;
+}
+static inline pm_status pm_profile_end(const pm_run *r, pm_op op, bool backward, double began)
+{
+    if (!r->profile)
+        return PM_OK;
+    PM_TRY(r->ctx->backend->sync(r->ctx));
+    r->profile->seconds[op][backward] += pm_os_seconds() - began;
+    r->profile->calls[op][backward]++;
+    return PM_OK;
+}
+#define PM_MEASURED(r, op, backward, call)                                                         \
+    do {                                                                                           \
+        double pm_began = 0;                                                                       \
+        PM_TRY(pm_profile_begin(r, &pm_began));                                                    \
+        PM_TRY(call);                                                                              \
+        PM_TRY(pm_profile_end(r, PM_OP_##op, backward, pm_began));                                 \
+    } while (0)
+
 /* PM_FORWARD(r, linear, args): args is an expression of type pm_linear_args. */
 #define PM_FORWARD(r, op, ...)                                                                     \
     do {                                                                                           \
         const pm_##op##_args pm_args = __VA_ARGS__;                                                \
         PM_TRY(pm_before_op(r, (r)->ctx->backend->op.workspace((r)->ctx, &pm_args, false)));       \
         if (!(r)->dry)                                                                             \
-            PM_TRY((r)->ctx->backend->op.forward((r)->ctx, &pm_args, (r)->scratch));               \
+            PM_MEASURED(r, op, false,                                                              \
+                        (r)->ctx->backend->op.forward((r)->ctx, &pm_args, (r)->scratch));          \
     } while (0)
 
 /* PM_BACKWARD(r, linear, args, .dy = ..., .dx = ...): the same args, and the gradients by name. */
@@ -77,7 +121,9 @@ static inline pm_status pm_before_op(pm_run *r, size_t workspace)
         const pm_##op##_grads pm_grads = {__VA_ARGS__};                                            \
         PM_TRY(pm_before_op(r, (r)->ctx->backend->op.workspace((r)->ctx, &pm_args, true)));        \
         if (!(r)->dry)                                                                             \
-            PM_TRY((r)->ctx->backend->op.backward((r)->ctx, &pm_args, &pm_grads, (r)->scratch));   \
+            PM_MEASURED(                                                                           \
+                r, op, true,                                                                       \
+                (r)->ctx->backend->op.backward((r)->ctx, &pm_args, &pm_grads, (r)->scratch));      \
     } while (0)
 
 /* model.c: the network. Inputs, outputs and losses are in acts. */

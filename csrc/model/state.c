@@ -181,7 +181,16 @@ static pm_status derive_all(pm_ctx *ctx, const pm_layout *layout, const float *p
 pm_status pm_model_derive(pm_ctx *ctx, pm_model *m)
 {
     m->ema_derived_fresh = false;
-    return m->derived ? derive_all(ctx, &m->layout, m->slab[PM_SLAB_PARAM], m->derived) : PM_OK;
+    if (!m->derived)
+        return PM_OK;
+    const double began = pm_os_seconds();
+    PM_TRY(derive_all(ctx, &m->layout, m->slab[PM_SLAB_PARAM], m->derived));
+    if (m->profile.on) {
+        PM_TRY(ctx->backend->sync(ctx));
+        m->profile.derive_seconds += pm_os_seconds() - began;
+        m->profile.derive_calls++;
+    }
+    return PM_OK;
 }
 
 pm_status pm_model_weights(pm_ctx *ctx, pm_model *m, bool ema, pm_weights *weights)
@@ -209,7 +218,30 @@ pm_run pm_model_run(pm_ctx *ctx, pm_model *m)
     r.losses = pm_loss_slot(m, 0);
     r.scratch = m->arena + m->scratch_at;
     r.scratch_bytes = m->scratch_bytes;
+    r.profile = m->profile.on ? &m->profile : NULL;
     return r;
+}
+
+/* ---------------------------------------------------------------- where the time goes */
+
+void pm_model_profile(pm_model *m, bool on) { m->profile = (pm_profile){.on = on}; }
+
+bool pm_model_profile_entry(const pm_model *m, int64_t i, pm_profile_entry *entry)
+{
+    static const char *const names[PM_OP_COUNT] = {
+#define PM_OP(op, OP, direction) #op,
+#include "../ops.def"
+#undef PM_OP
+    };
+    const pm_profile *p = &m->profile;
+    if (i > 2 * PM_OP_COUNT)
+        return false;
+    if (i == 2 * PM_OP_COUNT)
+        *entry = (pm_profile_entry){"derive", false, p->derive_seconds, p->derive_calls};
+    else
+        *entry = (pm_profile_entry){names[i / 2], i % 2 > 0, p->seconds[i / 2][i % 2],
+                                    p->calls[i / 2][i % 2]};
+    return true;
 }
 
 /* ---------------------------------------------------------------- making and freeing */

@@ -34,6 +34,8 @@ struct pm_model {
     size_t scratch_at, scratch_bytes;
     int threads; /* that scratch was measured for */
 
+    pm_profile profile;
+
     /* gradients since the last update */
     bool gradients_incomplete;
     int slots;                        /* losses waiting in backend memory */

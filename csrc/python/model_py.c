@@ -599,23 +599,45 @@ static PyObject *model_sample(Model *self, PyObject *const *args, Py_ssize_t n)
     return core_raise(&ctx, status);
 }
 
+/* ---------------------------------------------------------------- where the time goes */
+
+PyDoc_STRVAR(profile_doc,
+             "profile($self, on, /)\n--\n\n"
+             "[(op, backward, seconds, calls)] so far; then on (True, False) empties the "
+             "counters and starts or stops; None does not.");
+
+static PyObject *model_profile(Model *self, PyObject *on)
+{
+    const int turn = PyObject_IsTrue(on); /* None: false */
+    if (turn < 0 || check_idle(self) < 0)
+        return NULL;
+    PyObject *list = PyList_New(0);
+    pm_profile_entry e;
+    for (int64_t i = 0; list && pm_model_profile_entry(model_of(self), i, &e); i++) {
+        if (!e.calls)
+            continue;
+        PyObject *item = Py_BuildValue("sOdL", e.op, e.backward ? Py_True : Py_False, e.seconds,
+                                       (long long)e.calls);
+        if (!item || PyList_Append(list, item) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+    }
+    if (list && on != Py_None)
+        pm_model_profile(model_of(self), turn > 0);
+    return list;
+}
+
 /* ---------------------------------------------------------------- the type */
 
 #define METHOD(name, flags) {#name, (PyCFunction)(void (*)(void))model_##name, flags, name##_doc}
 static PyMethodDef methods[] = {
-    METHOD(index, METH_NOARGS),
-    METHOD(read, METH_O),
-    METHOD(load, METH_FASTCALL),
-    METHOD(gradients, METH_NOARGS),
-    METHOD(forward, METH_FASTCALL),
-    METHOD(routing, METH_FASTCALL),
-    METHOD(loss_and_grad, METH_FASTCALL),
-    METHOD(accumulate, METH_FASTCALL),
-    METHOD(update, METH_FASTCALL),
-    METHOD(zero_gradients, METH_NOARGS),
-    METHOD(sample, METH_FASTCALL),
-    METHOD(close, METH_NOARGS),
-    {NULL, NULL, 0, NULL},
+    METHOD(index, METH_NOARGS),           METHOD(read, METH_O),
+    METHOD(load, METH_FASTCALL),          METHOD(gradients, METH_NOARGS),
+    METHOD(forward, METH_FASTCALL),       METHOD(routing, METH_FASTCALL),
+    METHOD(loss_and_grad, METH_FASTCALL), METHOD(accumulate, METH_FASTCALL),
+    METHOD(update, METH_FASTCALL),        METHOD(zero_gradients, METH_NOARGS),
+    METHOD(sample, METH_FASTCALL),        METHOD(profile, METH_O),
+    METHOD(close, METH_NOARGS),           {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef attributes[] = {
