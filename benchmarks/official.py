@@ -15,7 +15,11 @@ from pathlib import Path
 class _Config(dict):
     """A mapping that is also read by attribute, as the public code does with its YAML."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 def _stand_in_for_timm():
