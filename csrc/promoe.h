@@ -123,13 +123,17 @@ typedef struct {
 
 /* pm_<op>_args and pm_<op>_grads. Forward and backward take the same args: what forward saved is
  * visible to backward. */
+/* clang-format takes the macros of this body for types. */
+/* clang-format off */
 #define PM_OP(op, OP, direction)                                                                   \
     typedef struct {                                                                               \
         PM_##OP(PM_ARGS_FIELD)                                                                     \
     } pm_##op##_args;                                                                              \
     typedef struct {                                                                               \
-        PM_##OP(PM_GRADS_FIELD) void *reserved; /* keeps the struct of an op without gradients legal */ \
+        PM_##OP(PM_GRADS_FIELD)                                                                    \
+        void *reserved; /* so that an op without gradients has one, too */                         \
     } pm_##op##_grads;
+/* clang-format on */
 #include "ops.def"
 #undef PM_OP
 
@@ -157,6 +161,8 @@ struct pm_backend {
     size_t (*derived_bytes)(int64_t F, int64_t D);
     pm_status (*derive)(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived);
 
+    /* clang-format takes the macros of this body for types. */
+    /* clang-format off */
 #define PM_OP(op, OP, direction)                                                                   \
     struct {                                                                                       \
         pm_status (*forward)(pm_ctx *ctx, const pm_##op##_args *args, void *scratch);              \
@@ -164,6 +170,7 @@ struct pm_backend {
                               const pm_##op##_grads *grads, void *scratch);                        \
         size_t (*workspace)(const pm_ctx *ctx, const pm_##op##_args *args, bool backward);         \
     } op;
+/* clang-format on */
 #include "ops.def"
 #undef PM_OP
 };

@@ -138,8 +138,8 @@ static void announce(pm_pool *pool)
 /* Closes the gate and waits until nobody is inside. */
 static void close_gate(pm_pool *pool)
 {
-    uint32_t inside =
-        atomic_fetch_and_explicit(&pool->gate, ~GATE_OPEN, memory_order_acquire) & ~GATE_OPEN;
+    uint32_t inside = atomic_fetch_and_explicit(&pool->gate, ~GATE_OPEN, memory_order_acquire) &
+                      ~GATE_OPEN;
     for (uint32_t before = 0; inside && inside != before;) { /* a change: watch for the next one */
         before = inside;
         inside = watch(&pool->gate, inside, pool->spin);

@@ -56,8 +56,7 @@ const pm_backend PM_NAME(pm_cpu_, PM_LEVEL) = {
     .sync = pm_cpu_sync,
     .derived_bytes = product_derived_bytes,
     .derive = product_derive,
-#define PM_OP(op, OP, direction)                                                                   \
-    .op = {op##_forward, PM_BACKWARD_##direction(op), op##_workspace},
+#define PM_OP(op, OP, direction) .op = {op##_forward, PM_BACKWARD_##direction(op), op##_workspace},
 #include "../ops.def"
 #undef PM_OP
 };

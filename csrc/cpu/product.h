@@ -169,6 +169,8 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
     if (PM_NR == 32) /* two lines a row */                                                         \
         __builtin_prefetch(ahead + 64, 0, 2);                                                      \
     ahead += step;
+/* clang-format takes the macros of this body for types. */
+/* clang-format off */
 #define PRODUCT_TILE(kind, m)                                                                      \
     static void product_##kind##_##m(int64_t k, const float *const *a, const float *panel,         \
                                      float *c, PRODUCT_##kind##_ARGS)                              \
@@ -198,6 +200,7 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
             v_store(c + i * ldc + PM_WIDTH, t[i][1]);                                              \
         }                                                                                          \
     }
+/* clang-format on */
 PRODUCT_HEIGHTS(PRODUCT_TILE, tile)
 PRODUCT_HEIGHTS(PRODUCT_TILE, ahead)
 
@@ -206,8 +209,8 @@ typedef void (*product_tile_fn)(int64_t k, const float *const *a, const float *p
 typedef void (*product_ahead_fn)(int64_t k, const float *const *a, const float *panel, float *c,
                                  PRODUCT_ahead_ARGS);
 static const product_tile_fn product_tile[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, tile)};
-static const product_ahead_fn product_ahead[PM_MR + 1] = {
-    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
+static const product_ahead_fn product_ahead[PM_MR + 1] = {NULL,
+                                                          PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
 
 /* m rows in near-equal slices of at most PM_MR, so that no slice is a thin remainder. */
 static inline int64_t product_slices(int64_t m) { return (m + PM_MR - 1) / PM_MR; }
@@ -250,7 +253,7 @@ typedef struct {
     int64_t row0, rows, panel0, panel1;
 } product_share;
 
-#define PRODUCT_TASKS 64               /* tasks that keep 16 threads busy to the end */
+#define PRODUCT_TASKS 64                /* tasks that keep 16 threads busy to the end */
 #define PRODUCT_WORK ((int64_t)1 << 20) /* multiply-adds of the smallest task: 10 microseconds */
 
 static product_grid product_grid_of(int64_t m, int64_t n, int64_t k)
@@ -321,6 +324,8 @@ static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f
     v_store(panel + r * PM_NR + PM_WIDTH, b1);                                                     \
     __builtin_prefetch(x[r + PRODUCT_AHEAD] + col);                                                \
     __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + PM_NR - 1);
+/* clang-format takes the macros of this body for types. */
+/* clang-format off */
 #define PRODUCT_WGRAD_TILE(kind, m)                                                                \
     static void product_wgrad_##kind##_##m(int64_t n, const float *left, const float *const *x,    \
                                            int64_t col, float *panel, float *c, int64_t ldc,       \
@@ -350,6 +355,7 @@ static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f
             v_store(row + PM_WIDTH, v_load(row + PM_WIDTH) + t[i][1]);                             \
         }                                                                                          \
     }
+/* clang-format on */
 PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, packed)
 PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, fresh)
 
@@ -394,7 +400,7 @@ static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *
     int64_t F = f1 - f0, slices = product_slices(F), panels = product_panels(D);
     int64_t chunks = pm_blocks(R, PRODUCT_TOKENS);
     float *left = pm_take(&scratch, (size_t)(slices * PRODUCT_SLICE) * 4); /* [slice][r][f] */
-    float *panel = scratch;                                               /* [r][PM_NR] */
+    float *panel = scratch;                                                /* [r][PM_NR] */
     float edge[PM_MR * PM_NR] __attribute__((aligned(64))); /* the tile of a partial panel */
     const float *x_rows[PRODUCT_TOKENS + PRODUCT_AHEAD];
     for (int64_t chunk = 0; chunk < chunks; chunk++) {

@@ -17,14 +17,20 @@ static inline vf v_set(float x) { return x - (vf){0}; }
 static inline vf v_zero(void) { return (vf){0}; }
 
 #if PM_WIDTH == 16 && defined(__AVX512F__)
-static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 static inline vf v_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vf v_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline vf v_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
 static inline vf v_round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 8); }
 static inline void v_stream(float *p, vf x) { _mm512_stream_ps(p, (__m512)x); }
 #elif PM_WIDTH == 8 && defined(__AVX2__) && defined(__FMA__)
-static inline vf v_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 static inline vf v_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline vf v_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline vf v_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
@@ -71,7 +77,10 @@ static inline __m256i v_mask_n(int64_t n) /* lanes below n */
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline vf v_load_n(const float *p, int64_t n) { return (vf)_mm256_maskload_ps(p, v_mask_n(n)); }
+static inline vf v_load_n(const float *p, int64_t n)
+{
+    return (vf)_mm256_maskload_ps(p, v_mask_n(n));
+}
 static inline void v_store_n(float *p, vf x, int64_t n)
 {
     _mm256_maskstore_ps(p, v_mask_n(n), (__m256)x);
@@ -117,23 +126,25 @@ static inline vf v_keep(vf x, int64_t left)
 
 /* Transposes PM_WIDTH x PM_WIDTH in registers: log2(PM_WIDTH) perfect shuffles. */
 #if PM_WIDTH == 16
-#define V_LOW (vi){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}
+#define V_LOW ((vi){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
 #elif PM_WIDTH == 8
-#define V_LOW (vi){0, 8, 1, 9, 2, 10, 3, 11}
+#define V_LOW ((vi){0, 8, 1, 9, 2, 10, 3, 11})
 #else
-#define V_LOW (vi){0, 4, 1, 5}
+#define V_LOW ((vi){0, 4, 1, 5})
 #endif
 static inline __attribute__((always_inline)) void v_transpose(vf row[PM_WIDTH])
 {
-    _Pragma("GCC unroll 4") for (int stage = 1; stage < PM_WIDTH; stage *= 2)
-    {
+    _Pragma("GCC unroll 4")
+    for (int stage = 1; stage < PM_WIDTH; stage *= 2) {
         vf next[PM_WIDTH];
-        _Pragma("GCC unroll 8") for (int i = 0; i < PM_WIDTH / 2; i++)
-        {
+        _Pragma("GCC unroll 8")
+        for (int i = 0; i < PM_WIDTH / 2; i++) {
             next[2 * i] = __builtin_shuffle(row[i], row[i + PM_WIDTH / 2], V_LOW);
-            next[2 * i + 1] = __builtin_shuffle(row[i], row[i + PM_WIDTH / 2], V_LOW + PM_WIDTH / 2);
+            next[2 * i + 1] =
+                __builtin_shuffle(row[i], row[i + PM_WIDTH / 2], V_LOW + PM_WIDTH / 2);
         }
-        _Pragma("GCC unroll 16") for (int i = 0; i < PM_WIDTH; i++)
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < PM_WIDTH; i++)
             row[i] = next[i];
     }
 }
@@ -142,7 +153,7 @@ static inline __attribute__((always_inline)) void v_transpose(vf row[PM_WIDTH])
 /* Lanes are folded in halves: lane i with lane i + n, n = PM_WIDTH / 2, ..., 1; the same order and so
  * the same bits in every form below. */
 #if defined(__AVX2__) && PM_WIDTH >= 8
-#define V_FOLD(name, fold128)                                                             \
+#define V_FOLD(name, fold128)                                                                      \
     static inline float name##_256(__m256 x)                                                       \
     {                                                                                              \
         __m128 h = fold128(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));                \

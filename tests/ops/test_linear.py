@@ -6,8 +6,16 @@ import pytest
 import promoe
 from promoe import ops
 
-from .common import (ULP, assert_close, cast, check_backward, check_finite_differences, compare,
-                     make, oracle)
+from .common import (
+    ULP,
+    assert_close,
+    cast,
+    check_backward,
+    check_finite_differences,
+    compare,
+    make,
+    oracle,
+)
 
 CASES = oracle("linear").CASES
 
