@@ -1,7 +1,7 @@
 """The model: forward, training step and sampler, all computed by the C core.
 
-``Model`` owns the memory and converts arrays; what is computed is in ``csrc/model``. Everything that
-changes a model's state is `Model.update` and the ``load_...`` methods.
+``Model`` owns the memory and converts arrays; what is computed is in ``csrc/model``. Only
+`Model.update` and the ``load_...`` methods change a model's state.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class LossAndGrad:
-    """What `Model.loss_and_grad` computed: ``loss = mse + aux`` and its gradient by official name."""
+    """What `Model.loss_and_grad` computed: ``loss = mse + aux``, and its gradient by name."""
 
     loss: float
     mse: float
@@ -176,7 +176,8 @@ def _real(where, name, value, least=-math.inf, below=math.inf, above=-math.inf):
 def _core_config(config, objective):
     c, o = config, objective
     return {
-        "size": c.sizes, "patch": c.patches, "channels": c.in_channels, "out_channels": c.out_channels,
+        "size": c.sizes, "patch": c.patches,
+        "channels": c.in_channels, "out_channels": c.out_channels,
         "hidden": c.hidden_size, "depth": c.depth, "heads": c.num_heads, "head": c.head_size,
         "mlp_hidden": c.mlp_hidden_size, "classes": c.num_classes, "null_label": c.has_null_label,
         "qk_norm": c.qk_norm, "experts": c.num_routed_experts,
@@ -211,8 +212,8 @@ def memory_estimate(config, batch, training=True):
 
     Notes
     -----
-    Sampling with guidance runs 2 n samples at once where that is faster; sampling with the EMA keeps
-    one more "derived".
+    Sampling with guidance runs 2 n samples at once where that is faster; sampling with the EMA
+    keeps one more "derived".
     """
     if not isinstance(config, ModelConfig):
         raise TypeError(f"memory_estimate: config is a ModelConfig, not {type(config).__name__}")
@@ -250,11 +251,12 @@ class Model:
 
     Notes
     -----
-    Arrays are NumPy's, or whatever ``numpy.asarray`` takes: images are (B, C, *sizes) floating point,
-    times (B,) on the scale 0..1000, labels (B,) integers 0..num_classes, the last meaning "no class".
-    float64 and strided arrays are converted; objects, complex and boolean ones are refused. Calls release the GIL and answer
-    Ctrl-C; a second call while one is running is a RuntimeError. A model can be pickled, copied
-    (`copy.copy` copies everything too) and used in a ``with`` statement, which closes it.
+    Arrays are NumPy's, or whatever ``numpy.asarray`` takes: images are (B, C, *sizes) floating
+    point, times (B,) on the scale 0..1000, labels (B,) integers 0..num_classes, the last meaning
+    "no class". float64 and strided arrays are converted; objects, complex and boolean ones are
+    refused. Calls release the GIL and answer Ctrl-C; a second call while one is running is a
+    RuntimeError. A model can be pickled, copied (`copy.copy` copies everything too) and used in a
+    ``with`` statement, which closes it.
 
     Examples
     --------
@@ -265,8 +267,8 @@ class Model:
     1
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu", compute: str = "fp32",
-                 objective: RectifiedFlow | None = None):
+    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu",
+                 compute: str = "fp32", objective: RectifiedFlow | None = None):
         if not isinstance(config, ModelConfig):
             raise TypeError(f"Model: config is a ModelConfig, not {type(config).__name__}; "
                             f"see promoe.preset and promoe.ModelConfig")
@@ -337,9 +339,10 @@ class Model:
         }
         if c.num_routed_experts:
             extra = ["1 unconditional"] * c.use_uncond_expert + ["1 shared"] * c.use_shared_expert
-            facts["experts"] = ", ".join([f"{c.num_routed_experts} routed, top {c.top_k}", *extra]) + \
-                f" in blocks {', '.join(map(str, c.expert_blocks)) or 'none'}"
-        facts["state"] = "closed" if self.closed else f"{self.step} updates, {self.device}, {self.compute}"
+            kinds = ", ".join([f"{c.num_routed_experts} routed, top {c.top_k}", *extra])
+            facts["experts"] = f"{kinds} in blocks {', '.join(map(str, c.expert_blocks)) or 'none'}"
+        facts["state"] = "closed" if self.closed else \
+            f"{self.step} updates, {self.device}, {self.compute}"
         return facts
 
     def __repr__(self):
@@ -359,7 +362,8 @@ class Model:
 
     def _join(self, where, state, names, size):
         """The flat slab of named tensors; every tensor that does not fit is listed in one error."""
-        shapes = {name: (shape, at, count) for name, shape, at, count, _ in self._index if name in names}
+        shapes = {name: (shape, at, count)
+                  for name, shape, at, count, _ in self._index if name in names}
         wrong = [f"  missing: {name}" for name in shapes if name not in state]
         wrong += [f"  unexpected: {name}" for name in state if name not in shapes]
         flat = np.zeros(size, np.float32)
@@ -413,7 +417,8 @@ class Model:
         total, _ = self._sizes()
         names = {row[0] for row in self._index}
         param = self._join("Model.load_state_dict", state, names, total)
-        average = None if ema is None else self._join("Model.load_state_dict: ema", ema, names, total)
+        average = None if ema is None else \
+            self._join("Model.load_state_dict: ema", ema, names, total)
         self._core.load(param, average, None, None, 0)
 
     def training_state(self) -> dict[str, NDArray[np.float32]]:
@@ -437,8 +442,8 @@ class Model:
         Parameters
         ----------
         arrays : mapping
-            As `training_state` gives it. Without any "ema." the average is a copy of the parameters;
-            without any moments they are zero. Moments of frozen tensors are ignored.
+            As `training_state` gives it. Without any "ema." the average is a copy of the
+            parameters; without any moments they are zero. Moments of frozen tensors are ignored.
         step : int
             Updates done.
 
@@ -463,8 +468,9 @@ class Model:
             moments = slab.startswith("exp_avg")
             if moments:
                 tensors = {k: v for k, v in tensors.items() if k in trained or k not in names}
-            flat[slab] = None if not tensors and slab != "param" else self._join(
-                f"{where}: {slab}", tensors, trained if moments else names, train if moments else total)
+            wanted, size = (trained, train) if moments else (names, total)
+            flat[slab] = None if not tensors and slab != "param" else \
+                self._join(f"{where}: {slab}", tensors, wanted, size)
         if (flat["exp_avg"] is None) != (flat["exp_avg_sq"] is None):
             raise ValueError(f"{where}: nothing was loaded: exp_avg and exp_avg_sq belong together")
         self._core.load(flat["param"], flat["ema"], flat["exp_avg"], flat["exp_avg_sq"], step)
@@ -507,19 +513,22 @@ class Model:
             raise ValueError(f"{where}: a dense model has none")
         layers = list(routing)
         if len(layers) != len(c.expert_blocks):
-            raise ValueError(f"{where} has {len(layers)} layers; {len(c.expert_blocks)} are expected")
+            raise ValueError(f"{where} has {len(layers)} layers; "
+                             f"{len(c.expert_blocks)} are expected")
         shape = (count, c.tokens, c.top_k)
         experts = np.empty((len(layers), *shape), np.int32)
         weights = np.empty(experts.shape, np.float32)
         for i, layer in enumerate(layers):
             expert = np.asarray(layer.expert)
             if expert.dtype.kind not in "iu":
-                raise TypeError(f"{where}[{i}].expert has dtype {expert.dtype}; integers are expected")
+                raise TypeError(f"{where}[{i}].expert has dtype {expert.dtype}; "
+                                f"integers are expected")
             if expert.shape != shape:
-                raise ValueError(f"{where}[{i}].expert has shape {expert.shape}; {shape} is expected")
+                raise ValueError(f"{where}[{i}].expert has shape {expert.shape}; "
+                                 f"{shape} is expected")
             if expert.min() < -1 or expert.max() >= c.plan_groups:
-                raise ValueError(f"{where}[{i}].expert has values from {expert.min()} to {expert.max()}; "
-                                 f"-1 to {c.plan_groups - 1} are expected")
+                raise ValueError(f"{where}[{i}].expert has values from {expert.min()} to "
+                                 f"{expert.max()}; -1 to {c.plan_groups - 1} are expected")
             experts[i] = expert
             weights[i] = _floats(where, f"[{i}].weight", layer.weight, shape)
         return experts, weights
@@ -582,7 +591,8 @@ class Model:
         Raises
         ------
         ValueError
-            For data that is not finite or a label out of range, naming the sample; nothing has changed then.
+            For data that is not finite or a label out of range, naming the sample; nothing has
+            changed then.
         KeyboardInterrupt
             When stopped before its first gradient, nothing has changed. When stopped after it, the
             gradients are incomplete: the next `accumulate` or `update` empties them and raises a
@@ -617,8 +627,8 @@ class Model:
         clip : float or None
             Largest norm of the whole gradient; 0 or None: no clip.
         ema : float or None
-            Decay of the moving average. None leaves it as it is; while there never was one it is the
-            parameters, and takes no memory.
+            Decay of the moving average. None leaves it as it is; while there never was one it is
+            the parameters, and takes no memory.
 
         Returns
         -------
@@ -626,8 +636,9 @@ class Model:
 
         Notes
         -----
-        An absent gradient counts as zero (PyTorch would leave the tensor alone). The average begins as
-        a copy of the parameters before the update. Never interrupted: Ctrl-C is answered afterwards.
+        An absent gradient counts as zero (PyTorch would leave the tensor alone). The average begins
+        as a copy of the parameters before the update. Never interrupted: Ctrl-C is answered
+        afterwards.
         """
         where = "Model.update"
         try:

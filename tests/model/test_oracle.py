@@ -75,6 +75,17 @@ def test_label_mixes(null):
     check(config, model.state_dict(), model, x, t, y, target)
 
 
+def test_small_heads_show_the_eps_of_the_qk_norm():
+    config = promoe.ModelConfig(**BASE, qk_norm=True)
+    model = small_model(config=config)
+    state = model.state_dict()
+    for i in range(config.depth):  # a variance of about eps in each head
+        for part in ("weight", "bias"):
+            state[f"blocks.{i}.attn.qkv.{part}"][:2 * config.hidden_size] *= 0.003
+    model.load_state_dict(state)
+    check(config, state, model, *batch(config))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_oracle_is_the_public_code(name):
     case = golden(name)

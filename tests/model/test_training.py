@@ -244,11 +244,12 @@ def test_same_bits_for_any_thread_count():
         assert np.array_equal(samples, results[0][2])
 
 
-def test_the_thread_count_may_change_between_steps():
+@pytest.mark.parametrize("device", ["cpu", "cpu-guard"])  # the guard measures each op's scratch
+def test_the_thread_count_may_change_between_steps(device):
     before = promoe.get_num_threads()
     try:
-        model = small_model()
-        for threads in (1, 3, 2):
+        model = small_model(device=device)
+        for threads in (1, 9, 2):
             promoe.set_num_threads(threads)
             train(model, steps=1)
     finally:
