@@ -1,0 +1,169 @@
+/* peak.c: what this machine can do at most, for benchmarks/peak.py: fused multiply-adds per second from
+ * registers, and bytes per second from memory. Compiled per instruction-set level with -DWIDTH=floats of
+ * a vector; no intrinsics, so the same source serves every CPU that the compiler knows. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+
+typedef float vf __attribute__((vector_size(4 * WIDTH)));
+
+#if defined(__x86_64__)
+#define IN_REGISTER(v) __asm__ volatile("" : "+v"(v))
+#elif defined(__aarch64__)
+#define IN_REGISTER(v) __asm__ volatile("" : "+w"(v))
+#else
+#define IN_REGISTER(v) __asm__ volatile("" : "+m"(v))
+#endif
+
+enum { CHAINS = 12 }; /* two units, latency 4, and some to spare; with the operands it fits 16 registers */
+enum { PAGE = 1 << 21 };
+
+enum { FMA, READ, UPDATE };
+
+typedef struct {
+    int what;
+    int64_t count; /* FMA: rounds; else: floats */
+    float *memory;
+    pthread_barrier_t *start;
+    double wall, cpu, sum; /* seconds of this thread */
+} job;
+
+static double now(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static double first(vf v) { return (double)v[0]; }
+
+/* Each round: one a = a * x + y per chain. Values stay normal numbers near 1. */
+static double fma_rounds(int64_t rounds)
+{
+    vf a[CHAINS], x = {0}, y = {0};
+    x = x + 0.9999f;
+    y = y + 1e-4f;
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++)
+        a[i] = x + 0.01f * (float)i;
+    for (int64_t n = 0; n < rounds; n++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) {
+            a[i] = a[i] * x + y; /* contracted where the level has FMA */
+            IN_REGISTER(a[i]);
+        }
+    }
+    double sum = 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++) /* unrolled as well: an index would keep the chains in memory */
+        sum += first(a[i]);
+    return sum;
+}
+
+static double read_memory(const float *memory, int64_t count)
+{
+    const vf *v = (const vf *)memory;
+    vf sum[8] = {0};
+    for (int64_t i = 0; i < count / WIDTH; i += 8) {
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++)
+            sum[k] += v[i + k];
+    }
+    double total = 0;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+        total += first(sum[k]);
+    return total;
+}
+
+static double update_memory(float *memory, int64_t count)
+{
+    vf *v = (vf *)memory;
+    for (int64_t i = 0; i < count / WIDTH; i++)
+        v[i] = v[i] * 0.9999f + 1e-4f;
+    return first(v[0]);
+}
+
+static void *run(void *arg)
+{
+    job *j = arg;
+    pthread_barrier_wait(j->start);
+    const double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
+    if (j->what == FMA)
+        j->sum = fma_rounds(j->count);
+    else if (j->what == READ)
+        j->sum = read_memory(j->memory, j->count);
+    else
+        j->sum = update_memory(j->memory, j->count);
+    j->wall = now(CLOCK_MONOTONIC) - wall;
+    j->cpu = now(CLOCK_THREAD_CPUTIME_ID) - cpu;
+    return NULL;
+}
+
+/* Runs `work` in each thread, and the sum over the threads of work per second: by the clock on the wall, and
+ * by the thread's own CPU time, which neighbours do not take from. Negative: no memory. */
+static double measure(int what, int threads, int64_t count, float *memory, double work, double *cpu)
+{
+    job *jobs = calloc((size_t)threads, sizeof *jobs);
+    pthread_t *ids = calloc((size_t)threads, sizeof *ids);
+    pthread_barrier_t start;
+    if (!jobs || !ids || pthread_barrier_init(&start, NULL, (unsigned)threads))
+        return free(jobs), free(ids), -1;
+    for (int t = 0; t < threads; t++)
+        jobs[t] = (job){what, count, memory ? memory + t * count : NULL, &start, 0, 0, 0};
+    for (int t = 1; t < threads; t++)
+        if (pthread_create(&ids[t], NULL, run, &jobs[t]))
+            abort(); /* those that wait at the barrier would wait for ever */
+    run(&jobs[0]);
+    double rate = 0;
+    *cpu = 0;
+    for (int t = 0; t < threads; t++) {
+        if (t > 0)
+            pthread_join(ids[t], NULL);
+        rate += work / jobs[t].wall;
+        *cpu += work / jobs[t].cpu;
+    }
+    pthread_barrier_destroy(&start);
+    free(jobs);
+    free(ids);
+    return rate;
+}
+
+/* Operations per second (a multiply-add is two) of one measurement of so many rounds; *cpu: the same by CPU
+ * time. */
+double peak_fma(int threads, int64_t rounds, double *cpu)
+{
+    return measure(FMA, threads, rounds, NULL, 2.0 * WIDTH * CHAINS * (double)rounds, cpu);
+}
+
+/* Memory for the two below: floats per thread, touched by the threads, on huge pages where there are
+ * some. NULL: none. */
+float *peak_memory(int threads, int64_t count)
+{
+    const size_t bytes = (size_t)threads * (size_t)count * sizeof(float);
+    float *memory = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
+    if (!memory)
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    for (int64_t i = 0; i < threads * count; i++)
+        memory[i] = 1.0f + (float)(i % 7);
+    return memory;
+}
+
+void peak_free(float *memory) { free(memory); }
+
+/* Bytes per second: read once; and read and written in place, counted twice.
+ * count is a multiple of 128. */
+double peak_read(int threads, int64_t count, float *memory, double *cpu)
+{
+    return measure(READ, threads, count, memory, 4.0 * (double)count, cpu);
+}
+double peak_update(int threads, int64_t count, float *memory, double *cpu)
+{
+    return measure(UPDATE, threads, count, memory, 8.0 * (double)count, cpu);
+}

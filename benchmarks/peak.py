@@ -1,0 +1,124 @@
+"""What the machine can do at most: FMA peak and memory bandwidth, measured beside what is compared with them.
+
+    python benchmarks/peak.py [--threads 2] [--level avx512]
+
+`peak.c` is compiled on the fly, at the level that promoe runs. Two figures each: by the clock on the wall, which is what
+counts on a machine that is alone, and by CPU time, for a rough idea of shares on one that is not.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import os
+import statistics
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SOURCE = Path(__file__).with_name("peak.c")
+FLAGS = {
+    "avx512": ["-DWIDTH=16", "-mavx512f", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-DWIDTH=8", "-mavx2", "-mfma"],
+    "generic": ["-DWIDTH=4"],
+}
+FLOATS = 16 << 20  # per thread: 64 MiB, beyond the caches
+SECONDS = 0.03  # of one measurement of the FMA peak
+
+
+@cache
+def _library(level):
+    if level not in FLAGS:
+        raise ValueError(f"peak: level {level!r}; there are {', '.join(FLAGS)}")
+    cc = os.environ.get("CC", "cc").split()
+    command = [*cc, "-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", *FLAGS[level]]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
+    path = ROOT / "build" / "peak" / f"{level}-{key}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, str(SOURCE), "-o", str(part)], check=True)
+        part.replace(path)  # two benchmarks may begin at once
+    library = ctypes.CDLL(str(path))
+    library.peak_memory.restype = ctypes.c_void_p
+    library.peak_memory.argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.peak_free.argtypes = [ctypes.c_void_p]
+    seconds = ctypes.POINTER(ctypes.c_double)
+    library.peak_fma.restype = library.peak_read.restype = library.peak_update.restype = ctypes.c_double
+    library.peak_fma.argtypes = [ctypes.c_int, ctypes.c_int64, seconds]
+    library.peak_read.argtypes = library.peak_update.argtypes = [
+        ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, seconds]
+    return library
+
+
+def here():
+    """The level and the threads that promoe runs with."""
+    import promoe
+
+    return promoe.backend_info()["level"], promoe.get_num_threads()
+
+
+class Rate(NamedTuple):
+    """Per second of the clock on the wall, and per second of CPU time (summed over the threads)."""
+
+    wall: float
+    cpu: float
+
+
+def _median(measure, *arguments, times):
+    """The medians of `times` measurements."""
+    cpu, rates = ctypes.c_double(), []
+    for _ in range(times):
+        wall = measure(*arguments, ctypes.byref(cpu))
+        if wall < 0:
+            raise MemoryError("peak: no memory for the threads")
+        rates.append(Rate(wall, cpu.value))
+    return Rate(*(statistics.median(column) for column in zip(*rates)))
+
+
+@cache
+def _rounds(level):
+    """Of a measurement of SECONDS."""
+    trial = 10_000
+    rate = _median(_library(level).peak_fma, 1, trial, times=5).cpu
+    width, chains = int(FLAGS[level][0].split("=")[1]), 12
+    return int(SECONDS * rate / (2 * width * chains))
+
+
+def fma(level, threads, times=3):
+    """Operations per second, a multiply-add counted as two: the median of `times` short measurements."""
+    return _median(_library(level).peak_fma, threads, _rounds(level), times=times)
+
+
+def bandwidth(level, threads, times=5):
+    """Bytes per second, medians: {"read": once over memory, "update": read and written in place}."""
+    library = _library(level)
+    memory = library.peak_memory(threads, FLOATS)
+    if not memory:
+        raise MemoryError("peak: no memory to measure the bandwidth")
+    try:
+        measures = {"read": library.peak_read, "update": library.peak_update}
+        return {name: _median(run, threads, FLOATS, memory, times=times) for name, run in measures.items()}
+    finally:
+        library.peak_free(memory)
+
+
+def main():
+    level, threads = here()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--level", choices=FLAGS, default=level)
+    a = parser.parse_args()
+    speeds = bandwidth(a.level, a.threads) | {"FMA": fma(a.level, a.threads, 9)}
+    for name, unit in (("FMA", "GFLOP/s"), ("read", "GB/s"), ("update", "GB/s")):
+        rate = speeds[name]
+        print(f"{a.level}, {a.threads} threads: {name:<6} {rate.wall / 1e9:7.1f} {unit}  "
+              f"(by CPU time {rate.cpu / 1e9:.1f})")
+
+
+if __name__ == "__main__":
+    main()
