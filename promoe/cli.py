@@ -153,6 +153,8 @@ def _train_options(parser):
     add("--weight-decay", type=float, default=0.0, help="weight decay of AdamW")
     add("--clip", type=float, default=0.5, help="largest norm of the gradient; 0: not clipped")
     add("--ema", type=float, default=0.9999, help="decay of the averaged weights")
+    add("--ema-warmup", action=argparse.BooleanOptionalAction, default=True,
+        help="bound the decay by (1 + step) / (10 + step), so that a short run forgets its start")
     add("--seed", type=int, default=0, help="of weights, noise, label drop and data order")
     add("--flip", action="store_true", help="mirror half of the samples")
     add("--checkpoint-every", type=int, default=1000, help="updates between checkpoints")
@@ -227,7 +229,8 @@ def run_train(arguments):
     objective = RectifiedFlow(**_given(arguments, RectifiedFlow))
     _start(arguments, config)
     names = ("out", "steps", "batch_size", "micro_batch", "lr", "warmup", "eps", "weight_decay",
-             "clip", "ema", "seed", "flip", "checkpoint_every", "keep_last", "log_every", "device",
+             "clip", "ema", "ema_warmup", "seed", "flip", "checkpoint_every", "keep_last",
+             "log_every", "device",
              "compute")
     result = promoe.train(config, arguments.data, objective=objective, betas=tuple(arguments.betas),
                           progress=not arguments.quiet, **{n: getattr(arguments, n) for n in names})

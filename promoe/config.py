@@ -546,6 +546,7 @@ class TrainSettings:
     weight_decay: float
     clip: float
     ema: float | None
+    ema_warmup: bool
     warmup: int
     flip: bool
 
@@ -560,6 +561,7 @@ class TrainSettings:
         if self.ema is not None:
             check.real("ema", 0, 1)
         check.flag("flip")
+        check.flag("ema_warmup")
         check.put("betas", check.decays("betas"))
 
     def to_dict(self):
@@ -572,10 +574,16 @@ class TrainSettings:
         """Learning rate of the update after `step` updates: linear warm-up, then constant."""
         return self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
 
+    def decay(self, step):
+        """Decay of the averaged weights in the update after `step` updates."""
+        if self.ema is None or not self.ema_warmup:
+            return self.ema
+        return min(self.ema, (1 + step) / (10 + step))
+
     def optimizer(self, step):
         """Arguments of ``Model.update`` after `step` updates."""
         return dict(lr=self.rate(step), betas=self.betas, eps=self.eps, clip=self.clip,
-                    weight_decay=self.weight_decay, ema=self.ema)
+                    weight_decay=self.weight_decay, ema=self.decay(step))
 
 
 # ---------------------------------------------------------------- presets

@@ -42,7 +42,8 @@ class TrainResult:
 def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.PathLike, steps: int,
           batch_size: int = 64, lr: float = 1e-4, seed: int = 0, checkpoint_every: int = 1000,
           betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-          clip: float | None = 0.5, ema: float | None = 0.9999, warmup: int = 0,
+          clip: float | None = 0.5, ema: float | None = 0.9999, ema_warmup: bool = True,
+          warmup: int = 0,
           micro_batch: int | None = None, flip: bool = False,
           objective: RectifiedFlow | None = None, keep_last: int = 2, log_every: int = 1,
           threads: int | None = None, device: str = "cpu", compute: str = "fp32",
@@ -69,6 +70,9 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
         AdamW with constant rate after `warmup` updates of linear increase; `clip` bounds the
         norm of the gradient (0 or None: not clipped); `ema` is the decay of the averaged weights
         (None: they stay the initial ones).
+    ema_warmup : bool
+        Bound that decay by (1 + step) / (10 + step), so that a short run forgets its start. The
+        public code does not; with False the decay is `ema` from the first update.
     seed : int
         Of initial weights, noise, times, label drop and data order.
     checkpoint_every, keep_last : int
@@ -104,7 +108,8 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
     settings = TrainSettings(
         steps=steps, checkpoint_every=checkpoint_every, keep_last=keep_last, log_every=log_every,
         seed=seed, batch_size=batch_size, micro_batch=micro_batch or batch_size, lr=lr, betas=betas,
-        eps=eps, weight_decay=weight_decay, clip=clip or 0.0, ema=ema, warmup=warmup, flip=flip)
+        eps=eps, weight_decay=weight_decay, clip=clip or 0.0, ema=ema,
+        ema_warmup=ema_warmup, warmup=warmup, flip=flip)
     source = open_data(data, config)
     run = {"config": config.to_dict(), "objective": objective.to_dict(), "seed": settings.seed,
            "compute": compute, "data": source.describe(), "training": settings.to_dict()}

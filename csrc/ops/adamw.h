@@ -1,5 +1,5 @@
 /* adamw: clip, AdamW (Loshchilov & Hutter 1711.05101) and EMA of the new weights, one pass; the
- * gradient is emptied (methods.md 2.10).
+ * gradient is emptied.
  *
  * hyper = {lr, beta1, beta2, eps, weight_decay, clip, ema, step} in double; step counts from 1.
  *   c = min(1, clip / (norm + 1e-6)), or 1 when clip is 0;   g = c * grad

@@ -1,4 +1,4 @@
-/* attention: y = softmax(q k^T / sqrt(K)) v for each image and head, no mask (methods.md 1.3).
+/* attention: y = softmax(q k^T / sqrt(K)) v for each image and head, no mask.
  *
  * qkv rows are [q | k | v], each H heads of K (any K >= 1, any T >= 1). With qk-norm, q and k of each head go
  * through LayerNorm over K with affine weight and bias and eps (all four given, or none); the public ProMoE code

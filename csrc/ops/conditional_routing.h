@@ -1,4 +1,4 @@
-/* conditional_routing: the partition of ProMoE (2510.24711 section 3; methods.md 2.4).
+/* conditional_routing: the partition of ProMoE (2510.24711 section 3).
  *
  *   part[b*T + i] = group  if y[b] == null_label, else -1
  *

@@ -1,4 +1,4 @@
-/* euler_step: classifier-free guidance and one Euler step of the flow (methods.md 2.12).
+/* euler_step: classifier-free guidance and one Euler step of the flow.
  *
  *   v = uncond + cfg * (cond - uncond)   on all C channels;  v = cond when uncond is NULL
  *   y = x + (sigma_next - sigma) * v

@@ -1,5 +1,5 @@
 /* experts: the whole feed-forward layer over a routing plan: routed, unconditional and shared
- * experts, each down(gelu_tanh(up(x))) with biases (methods.md 2.4, 2.5). A dense FFN is G = 0, S = 1.
+ * experts, each down(gelu_tanh(up(x))) with biases. A dense FFN is G = 0, S = 1.
  *
  *   E_g(x) = down_g . gelu_tanh(up_g . x + up_bias_g) + down_bias_g
  *   y_n = sum over rows r of token n of row_weight[r] * E_{group of r}(x_n)  +  sum over shared s of E_s(x_n)

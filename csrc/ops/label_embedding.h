@@ -1,4 +1,4 @@
-/* label_embedding: c = add + table[y] (methods.md 1.4).
+/* label_embedding: c = add + table[y].
  *
  * Y rows: the classes, and the null label when the model has one. y outside 0..Y-1 is PM_EINVAL.
  * dadd = dc; dtable[y[b]] += dc[b], in the order of b. add may be NULL (zero). */

@@ -1,4 +1,4 @@
-/* load_balance_loss (Switch, 2101.03961; as in the public ProMoE and DiT-MoE; methods.md 2.6, 5.5b).
+/* load_balance_loss (Switch, 2101.03961; as in the public ProMoE and DiT-MoE).
  *
  *   over the routable tokens S (part -1):  f_i = E * (slots of S that chose i) / (A * |S|),
  *   P_i = mean over S of p[n, i],  loss = weight * sum_i f_i P_i

@@ -1,4 +1,4 @@
-/* patch_embed: n-dimensional patches to tokens (DiT 2212.09748 section 3.2; methods.md 1.4, 9.4).
+/* patch_embed: n-dimensional patches to tokens (DiT 2212.09748 section 3.2).
  *
  *   y[b*T + i] = weight . patch(x[b], i) + bias + pos[i]
  *

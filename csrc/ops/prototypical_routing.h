@@ -1,4 +1,4 @@
-/* prototypical_routing: cosine of each token to E learned prototypes (ProMoE; methods.md 2.4, 2.5).
+/* prototypical_routing: cosine of each token to E learned prototypes (ProMoE).
  *
  *   z[n, i] = <x_n / max(|x_n|, 1e-12), p_i / max(|p_i|, 1e-12)>      for routable tokens (part -1)
  *   z[n, :] = 0                                                       for the others

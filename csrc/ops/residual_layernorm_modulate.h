@@ -1,5 +1,5 @@
 /* residual_layernorm_modulate: the residual stream, its LayerNorm, and the adaLN modulation, in one
- * pass over the tokens (DiT adaLN-Zero; methods.md 1.3).
+ * pass over the tokens (DiT adaLN-Zero).
  *
  *   xo = x + gate * branch              (branch NULL: xo = x; xo may be NULL then)
  *   xhat = (xo - mean) * rstd           over D, variance biased, rstd = 1/sqrt(var + eps)

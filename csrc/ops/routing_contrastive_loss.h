@@ -1,4 +1,4 @@
-/* routing_contrastive_loss (ProMoE, 2510.24711 section 3.3; methods.md 2.6).
+/* routing_contrastive_loss (ProMoE, 2510.24711 section 3.3).
  *
  *   cluster i = the tokens that chose expert i: by their first slot (assign "top1"), or by any slot
  *   (assign "topk"); choices >= E (forced tokens) and -1 count for nothing

@@ -1,4 +1,4 @@
-/* timestep_embedding: sinusoids of the time (DiT; methods.md 1.4).
+/* timestep_embedding: sinusoids of the time (DiT).
  *
  *   e[b, i]       = cos(t[b] * exp(-ln(max_period) i / (F/2)))      i < F/2
  *   e[b, F/2 + i] = sin(the same)

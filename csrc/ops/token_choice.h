@@ -1,4 +1,4 @@
-/* token_choice: each routable token takes its A best experts (methods.md 2.4).
+/* token_choice: each routable token takes its A best experts.
  *
  *   choice[n, a] = index of the a-th largest of s[n, :];  weight[n, a] = s[n, choice[n, a]]
  *

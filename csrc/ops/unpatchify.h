@@ -1,4 +1,4 @@
-/* unpatchify: tokens back to an image, video or voxels (methods.md 1.4).
+/* unpatchify: tokens back to an image, video or voxels.
  *
  * x[b*T + i, ((q0*p1 + q1)*p2 + q2)*C + c] -> y[b, c, (voxel q of patch i)]: the channel is the fastest
  * index inside a token, which is not the order of patch_embed. Sizes as in patch_embed. */
