@@ -63,5 +63,13 @@ format: $(VENV)/linters
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 	$(VENV)/bin/ruff check --fix .
 
+$(VENV)/bench: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check 'pytest-benchmark>=4.0'
+	touch $@
+
+# Every op and a step of ProMoE-S beside the peaks of this machine -> benchmarks/results/. BENCH="--model S B --batch 1 8 32"
+bench: build $(VENV)/bench
+	$(PY) -m benchmarks $(BENCH)
+
 clean:
 	rm -rf $(VENV) build *.egg-info promoe/*.so

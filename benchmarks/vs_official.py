@@ -6,7 +6,7 @@ Needs torch in the same environment (`pip install torch==2.13.0`) and a checkout
 sides do the whole step: noise, forward, loss, backward, clip 0.5, AdamW, EMA, fp32. The weights of one are loaded
 into the other and loss and output are compared before anything is timed. The two run in processes of their own and
 take turns, a step each, so that the neighbours of a shared machine disturb both alike; medians and their ratio are
-reported, and the FMA peak is measured between them.
+reported, with the share of the FMA peak that each side reaches: the peak is measured in every round.
 """
 
 import argparse
@@ -134,6 +134,8 @@ def worker(a):
             side.set_weights(dict(np.load(rest[0])))
         elif command == "output":
             np.save(rest[0], side.forward(*data[:3]))
+        elif command == "versions":
+            answer["versions"] = {"torch": side.torch.__version__}
         elif command == "loss":
             if a.side == "official":
                 loss, _ = side.loss(*data)
@@ -180,10 +182,9 @@ def main(argv=None):
     import tempfile
 
     import promoe
+    from benchmarks import counts, machine, peak
 
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"note: the machine is not alone: load {load:.1f}", file=sys.stderr)
+    head = machine.describe(a.threads)
     forwarded = [x for x in (argv or sys.argv[1:])]
     official, ours = Process("official", forwarded, a.threads), Process("ours", forwarded, a.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,23 +197,31 @@ def main(argv=None):
         losses = official("loss")["loss"], ours("loss")["loss"]
     if not error < 1e-4 or not abs(losses[0] - losses[1]) < 1e-4 * abs(losses[0]):
         raise SystemExit(f"the two disagree: output error {error:.2e}, losses {losses}: nothing was timed")
-    result = {"model": f"ProMoE-{a.model}", "batch": a.batch, "threads": a.threads, "compile": a.compile,
-              "output_error": error, "machine": promoe.backend_info(), "load_before": load, "when":
-              time.strftime("%Y-%m-%d")}
-    for command in ("step", "forward"):
-        for side in (official, ours):
+    config, sides = promoe.preset(f"ProMoE-{a.model}"), {"official": official, "promoe": ours}
+    operations = {"step": counts.training(config, a.batch), "forward": sum(counts.forward(config, a.batch).values())}
+    result = {"machine": head, "model": f"ProMoE-{a.model}", "batch": a.batch, "compile": a.compile,
+              "output_error": error, "official": official("versions")["versions"]}
+    for command, work in operations.items():
+        for side in sides.values():
             side(command), side(command)  # warm
-        times = {"official": [], "promoe": []}
+        rounds = []
         for _ in range(a.rounds):
-            times["official"].append(official(command)["seconds"])
-            times["promoe"].append(ours(command)["seconds"])
-        medians = {k: statistics.median(v) for k, v in times.items()}
-        ratio = statistics.median(o / p for o, p in zip(times["official"], times["promoe"]))
-        result[command] = {"seconds": times, "median": medians, "ratio": ratio}
-        print(f"{result['model']} batch {a.batch} {command}: public code {medians['official']:.3f} s, promoe "
-              f"{medians['promoe']:.3f} s, ratio {ratio:.2f}")
+            fma = peak.fma(head["level"], a.threads).wall
+            seconds = {name: side(command)["seconds"] for name, side in sides.items()}
+            fma = (fma + peak.fma(head["level"], a.threads).wall) / 2
+            rounds.append({"seconds": seconds, "fma_gflops": fma / 1e9, "ratio": seconds["official"] / seconds["promoe"],
+                           "share_of_peak": {name: work / s / fma for name, s in seconds.items()}})
+        median = {part: {name: statistics.median(r[part][name] for r in rounds) for name in sides}
+                  for part in ("seconds", "share_of_peak")}
+        median |= {part: statistics.median(r[part] for r in rounds) for part in ("ratio", "fma_gflops")}
+        result[command] = {"gflop": work / 1e9, **median, "rounds": rounds}
+        seconds, share = median["seconds"], median["share_of_peak"]
+        print(f"{result['model']} batch {a.batch} {command}: public code {seconds['official']:.3f} s "
+              f"({100 * share['official']:.0f} % of the FMA peak), promoe {seconds['promoe']:.3f} s "
+              f"({100 * share['promoe']:.0f} %), ratio {median['ratio']:.2f}")
     official.close(), ours.close()
     if a.out:
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
