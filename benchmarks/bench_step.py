@@ -94,13 +94,15 @@ def _turns(run, operations, level, threads, rounds, parameters=0):
     return {**medians, "gflop": operations / 1e9, "rounds": rows}
 
 
-def _profile(model, step, config, batch, fma, rounds):
+def _profile(model, step, config, batch, level, threads, rounds):
     """Rows of the profile of a step, the slowest first."""
+    before = peak.fma(level, threads).wall
     model.profile(True)
     began = time.perf_counter()
     for _ in range(rounds):
         step()
     whole = (time.perf_counter() - began) / rounds
+    fma = (before + peak.fma(level, threads).wall) / 2
     work = {f"{op} {way}": count for way, of in (("forward", counts.forward), ("backward", counts.backward))
             for op, count in of(config, batch).items()}
     rows = []
@@ -140,7 +142,7 @@ def measure(name, batch, threads, rounds):
     estimate = promoe.memory_estimate(config, batch)["total"]
     train = _turns(step, counts.training(config, batch), level, threads, rounds, config.num_params)
     train["images_per_second"] = batch / train["seconds"]
-    train["profile"] = _profile(model, step, config, batch, 1e9 * train["fma_gflops"], max(2, rounds // 3))
+    train["profile"] = _profile(model, step, config, batch, level, threads, max(2, rounds // 3))
     forward = sum(counts.forward(config, batch).values())
     sample = _turns(lambda: model.forward(x, t, y), forward, level, threads, rounds)
     return {"model": f"ProMoE-{name}", "batch": batch, "compute": "fp32", "train": train, "sample": sample,
