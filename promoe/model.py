@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = ["LossAndGrad", "Model", "Routing", "StepInfo", "memory_estimate"]
 
 State = Mapping[str, ArrayLike]
 SLABS = {"param": "param", "ema": "ema", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SAMPLE_TOKENS = 65536  # tokens of one pass of the sampler, unless batch_size says otherwise
 
 
@@ -95,20 +96,35 @@ class Routing:
 # ---------------------------------------------------------------- arrays
 
 
+def _array(where, name, value):
+    try:
+        return np.asarray(value)
+    except ValueError:  # nested sequences of different lengths
+        raise ValueError(f"{where}: {name} is not an array: its rows have different lengths") \
+            from None
+
+
 def _floats(where, name, value, shape, integers=False):
-    """`value` as a dense float32 array of `shape`; only real numbers are converted."""
-    array = np.asarray(value)
+    """`value` as a dense float32 array of `shape`; only finite real numbers are converted."""
+    array = _array(where, name, value)
     if array.dtype.kind not in ("fiu" if integers else "f"):
         raise TypeError(f"{where}: {name} has dtype {array.dtype}; floating point is expected")
     if array.shape != shape:
         raise ValueError(f"{where}: {name} has shape {array.shape}; {shape} is expected")
     with np.errstate(over="ignore"):  # too large for float32 is infinite
-        return np.ascontiguousarray(array, np.float32)
+        array = np.ascontiguousarray(array, np.float32)
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = [int(i) for i in np.argwhere(~finite)[0]]
+        raise ValueError(f"{where}: {name}{place} = {array[tuple(place)]}: a number that is finite "
+                         f"in float32 is expected")
+    return array
 
 
 def _batch(where, name, value, sample_shape):
     """(B, *sample_shape) as dense float32."""
-    shape = np.shape(value)
+    value = _array(where, name, value)
+    shape = value.shape
     if len(shape) != len(sample_shape) + 1 or shape[1:] != sample_shape:
         wanted = ", ".join(map(str, sample_shape))
         raise ValueError(f"{where}: {name} has shape {shape}; (B, {wanted}) is expected")
@@ -117,9 +133,9 @@ def _batch(where, name, value, sample_shape):
     return _floats(where, name, value, shape)
 
 
-def _labels(where, name, value, count=None):
-    """int64 labels, (count,); a single one holds for every sample."""
-    array = np.asarray(value)
+def _labels(where, name, value, config, count=None):
+    """int64 labels, (count,), that `config` has; a single one holds for every sample."""
+    array = _array(where, name, value)
     if array.size == 0:
         raise ValueError(f"{where}: {name} is empty; at least one label is expected")
     if array.dtype.kind not in "iu":
@@ -129,13 +145,17 @@ def _labels(where, name, value, count=None):
     if array.ndim != 1 or (count is not None and len(array) != count):
         raise ValueError(f"{where}: {name} has shape {array.shape}; "
                          f"({'n' if count is None else count},) is expected")
-    if array.dtype == np.uint64:  # what int64 cannot hold is out of range all the same
-        array = np.minimum(array, np.uint64(2**63 - 1))
+    rows = config.label_rows
+    bad = np.flatnonzero((array < 0) | (array >= rows))
+    if len(bad):
+        raise ValueError(f"{where}: {name}[{bad[0]}] = {array[bad[0]]}: a label is 0 to {rows - 1}"
+                         + (", the last one meaning no class" if config.has_null_label else
+                            "; this model was made without a row for no class"))
     return np.ascontiguousarray(array, np.int64)
 
 
 def _times(where, value, count):
-    array = np.asarray(value)
+    array = _array(where, "t", value)
     if array.ndim == 0 and array.dtype.kind in "fiu":
         array = np.full(count, array)
     return _floats(where, "t", array, (count,), integers=True)
@@ -278,6 +298,9 @@ class Model:
         for name, value in (("device", device), ("compute", compute)):
             if not isinstance(value, str):
                 raise TypeError(f"Model: {name} = {value!r}: a string is expected")
+        if compute == "bf16":
+            raise ValueError("Model: compute = 'bf16' is not there: every op of this version reads "
+                             "and writes float32, and nothing is rounded silently; use 'fp32'")
         if compute != "fp32":
             raise ValueError(f"Model: compute = {compute!r} is not there; there is 'fp32'")
         self.config, self.objective = config, objective
@@ -362,6 +385,9 @@ class Model:
 
     def _join(self, where, state, names, size):
         """The flat slab of named tensors; every tensor that does not fit is listed in one error."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"{where}: a mapping of official names to arrays is expected, "
+                            f"not {type(state).__name__}")
         shapes = {name: (shape, at, count)
                   for name, shape, at, count, _ in self._index if name in names}
         wrong = [f"  missing: {name}" for name in shapes if name not in state]
@@ -370,7 +396,7 @@ class Model:
         for name, (shape, at, count) in shapes.items():
             if name not in state:
                 continue
-            array = np.asarray(state[name])
+            array = _array(where, name, state[name])
             if array.dtype.kind != "f":
                 wrong.append(f"  dtype of {name}: {array.dtype}, expected floating point")
             elif array.shape != shape:
@@ -455,6 +481,8 @@ class Model:
         where = "Model.load_training_state"
         step = _integer(where, "step", step, 0)
         parts: dict[str, dict[str, Any]] = {slab: {} for slab in SLABS}
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"{where}: a mapping is expected, not {type(arrays).__name__}")
         for key, array in arrays.items():
             slab, _, name = key.partition(".")
             if slab not in parts:
@@ -479,7 +507,7 @@ class Model:
 
     def _inputs(self, where, x, t, y):
         x = _batch(where, "x", x, self.config.input_shape)
-        return x, _times(where, t, len(x)), _labels(where, "y", y, len(x))
+        return x, _times(where, t, len(x)), _labels(where, "y", y, self.config, len(x))
 
     def forward(self, x: ArrayLike, t: ArrayLike, y: ArrayLike,
                 routing: Sequence[Routing] | None = None) -> NDArray[np.float32]:
@@ -511,7 +539,11 @@ class Model:
         c = self.config
         if not c.expert_blocks:
             raise ValueError(f"{where}: a dense model has none")
-        layers = list(routing)
+        layers = list(routing) if isinstance(routing, Iterable) else [routing]
+        for i, layer in enumerate(layers):
+            if not (hasattr(layer, "expert") and hasattr(layer, "weight")):
+                raise TypeError(f"{where}[{i}] is a {type(layer).__name__}; what Model.routing "
+                                f"returns is expected: a Routing for each block with experts")
         if len(layers) != len(c.expert_blocks):
             raise ValueError(f"{where} has {len(layers)} layers; "
                              f"{len(c.expert_blocks)} are expected")
@@ -519,7 +551,7 @@ class Model:
         experts = np.empty((len(layers), *shape), np.int32)
         weights = np.empty(experts.shape, np.float32)
         for i, layer in enumerate(layers):
-            expert = np.asarray(layer.expert)
+            expert = _array(where, f"[{i}].expert", layer.expert)
             if expert.dtype.kind not in "iu":
                 raise TypeError(f"{where}[{i}].expert has dtype {expert.dtype}; "
                                 f"integers are expected")
@@ -530,7 +562,7 @@ class Model:
                 raise ValueError(f"{where}[{i}].expert has values from {expert.min()} to "
                                  f"{expert.max()}; -1 to {c.plan_groups - 1} are expected")
             experts[i] = expert
-            weights[i] = _floats(where, f"[{i}].weight", layer.weight, shape)
+            weights[i] = _floats("Model.forward", f"routing[{i}].weight", layer.weight, shape)
         return experts, weights
 
     def routing(self, x: ArrayLike, t: ArrayLike, y: ArrayLike) -> list[Routing]:
@@ -600,9 +632,9 @@ class Model:
         """
         where = "Model.accumulate"
         x0 = _batch(where, "x0", x0, self.config.input_shape)
-        y = _labels(where, "y", y, len(x0))
+        y = _labels(where, "y", y, self.config, len(x0))
         self._core.accumulate(x0, y, _integer(where, "position", position, 0),
-                              _real(where, "scale", scale, above=0))
+                              _real(where, "scale", scale, above=0, below=FLOAT32_MAX))
 
     def gradients(self) -> NDArray[np.float32]:
         """The gradient slab itself: one flat array, live and writable.
@@ -690,7 +722,7 @@ class Model:
         (n, C, *sizes) float32
         """
         where = "Model.sample"
-        labels = _labels(where, "labels", labels)
+        labels = _labels(where, "labels", labels, self.config)
         n = len(labels)
         if weights not in ("ema", "live"):
             raise ValueError(f"{where}: weights = {weights!r}: 'ema' or 'live' is expected")
@@ -706,10 +738,6 @@ class Model:
             noise = _floats(where, "noise", noise, (n, *self.config.input_shape))
         step_done = None if callback is None else lambda i, latents: callback(i + 1, latents)
         one_batch = -1 if together is None else int(bool(together))
-        bad = np.flatnonzero((labels < 0) | (labels >= self.config.label_rows))
-        if len(bad):  # named by its place in labels, before any batch is computed
-            raise ValueError(f"{where}: labels[{bad[0]}] = {labels[bad[0]]}: a label is 0 to "
-                             f"{self.config.label_rows - 1}")
         parts = [self._core.sample(labels[i:i + size], steps, cfg, shift, seed, start + i,
                                    weights == "ema", one_batch,
                                    None if noise is None else noise[i:i + size], step_done)

@@ -131,7 +131,7 @@ pm_status pm_network_forward(pm_run *r);
 pm_status pm_network_loss(pm_run *r);     /* mse; the auxiliary losses are forward's, in training */
 pm_status pm_network_backward(pm_run *r); /* grad += dloss * gradient of mse and of every aux */
 
-/* block.c: one block. The residual stream enters as (x, branch, gate): see pm_stream in acts.h. */
+/* block.c: one block. The residual stream enters as (x, branch, gate): see the top of block.c. */
 pm_status pm_block_forward(pm_run *r, int64_t block);
 pm_status pm_block_backward(pm_run *r, int64_t block);
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import threading
 
 import numpy as np
@@ -302,6 +303,44 @@ def test_wrong_inputs(name, value, error, words):
         with pytest.raises(error, match=words.replace("x has", "x0 has").replace("x is", "x0 is")):
             model.accumulate(given["x"], given["y"], 0)
     assert not model.gradients().any()
+
+
+@pytest.mark.parametrize("name, place", [("x", "0, 2, 3"), ("t", None), ("target", "0, 2, 3")])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_numbers_that_are_not_finite(name, place, value):
+    x, t, y, target = batch(SMALL)
+    given = dict(x=x, t=t, y=y, target=target)
+    given[name] = given[name].astype(np.float64)
+    given[name][(1, 0, 2, 3) if place else 1] = value
+    where = re.escape(f"{name}[1, {place}]" if place else f"{name}[1]")
+    model = small_model()
+    model.loss_and_grad(x, t, y, target, accumulate=True)
+    grad = model.gradients().copy()
+    with pytest.raises(ValueError, match=f"Model.loss_and_grad: {where}"):
+        model.loss_and_grad(**given, accumulate=True)
+    assert np.array_equal(model.gradients(), grad)
+    if name != "target":
+        with pytest.raises(ValueError, match=f"Model.forward: {where}"):
+            model.forward(given["x"], given["t"], y)
+
+
+def test_what_is_no_array_no_mapping_no_routing():
+    x, t, y, _ = batch(SMALL)
+    model = small_model()
+    with pytest.raises(ValueError, match="Model.forward: x is not an array"):
+        model.forward([[1.0], [1.0, 2.0]], t, y)
+    for state in (None, [1]):
+        with pytest.raises(TypeError, match="Model.load_state_dict: a mapping"):
+            model.load_state_dict(state)
+    for routing in ([None], 3, "ab"):
+        with pytest.raises(TypeError, match=r"routing\[0\] is a "):
+            model.forward(x, t, y, routing=routing)
+    with pytest.raises(ValueError, match=r"Model.forward: y\[0\] = -1: a label is 0 to"):
+        model.forward(x, t, -1)
+    with pytest.raises(ValueError, match="scale = 1e[+]300"):
+        model.accumulate(x, y, 0, scale=1e300)
+    with pytest.raises(ValueError, match="float32"):
+        promoe.Model(SMALL, compute="bf16")
 
 
 @pytest.mark.parametrize("name, value, error", [
