@@ -308,7 +308,9 @@ def save(model: Model, path: str | os.PathLike, optimizer: bool = False) -> None
     optimizer : bool
         Keep the moments of AdamW too (twice the size), to continue training.
     """
-    path = Path(path)
+    path = _path("save", path)
+    if not hasattr(model, "training_state"):
+        raise TypeError(f"save: model must be a Model, not {type(model).__name__}")
     if path.is_dir():
         raise IsADirectoryError(f"save: {path} is a directory; give the name of a file, such as "
                                 f"{path / 'model.safetensors'}")
@@ -328,6 +330,12 @@ def save(model: Model, path: str | os.PathLike, optimizer: bool = False) -> None
             temporary.unlink(missing_ok=True)
 
 
+def _path(where, path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{where}: path must be a path, not {type(path).__name__}")
+    return Path(path)
+
+
 def _digest(tensors):
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -336,7 +344,12 @@ def _digest(tensors):
     return digest.hexdigest()
 
 
-def _model_manifest(path, metadata):
+def _file_manifest(path):
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
     try:
         manifest = json.loads(metadata["promoe"])
     except (KeyError, ValueError):
@@ -347,8 +360,8 @@ def _model_manifest(path, metadata):
 
 
 def _read_model_file(path):
-    tensors, metadata = read_tensors(path)
-    manifest = _model_manifest(path, metadata)
+    manifest = _file_manifest(path)  # first: a foreign file may have types that NumPy has not
+    tensors = read_tensors(path)[0]
     if _digest(tensors) != manifest["tensors"]:
         raise CheckpointError(f"{path} is damaged: its tensors do not match their checksum")
     prefixes = ("ema.", "exp_avg.", "exp_avg_sq.")
@@ -378,7 +391,7 @@ def load(path: str | os.PathLike, device: str = "cpu", compute: str = "fp32") ->
         When it is damaged or not of promoe.
     FileNotFoundError
     """
-    path = Path(path)
+    path = _path("load", path)
     if path.is_file():
         if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
             raise CheckpointError(f"{path}: PyTorch pickles are not read yet; give a file of "
@@ -403,11 +416,7 @@ def peek(path):
     """The manifest of what `load` would load, without reading the tensors."""
     path = Path(path)
     if path.is_file():
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                return _model_manifest(path, file.metadata() or {})
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged, or not of promoe.save: {error}") from error
+        return _file_manifest(path)
     if (path / MANIFEST).is_file():
         return read_manifest(path)
     errors = []
@@ -426,20 +435,23 @@ def warn_damaged(error):
     warnings.warn(f"{error}; an earlier one is used", RuntimeWarning, stacklevel=3)
 
 
+@contextmanager
+def _fitting(where):
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} does not fit this version of promoe: {error}") from error
+
+
 def restore(manifest, state, where, device="cpu", compute="fp32", model=None):
     """A Model with the given state (a new one, or `model`)."""
     from promoe import Model
 
-    try:
-        if model is None:
-            model = Model(ModelConfig.from_dict(manifest["config"]), seed=manifest["seed"],
-                          device=device, compute=compute,
-                          objective=RectifiedFlow.from_dict(manifest["objective"]))
-        for name in [n for n in state if n.startswith("param.")]:  # a file without moments
-            for moment in ("exp_avg.", "exp_avg_sq."):
-                key = moment + name.removeprefix("param.")
-                state.setdefault(key, np.zeros_like(state[name]))
+    with _fitting(where):
+        config, seed = ModelConfig.from_dict(manifest["config"]), manifest["seed"]
+        objective = RectifiedFlow.from_dict(manifest["objective"])
+    if model is None:  # outside: a device that is not there is no fault of the file
+        model = Model(config, seed=seed, device=device, compute=compute, objective=objective)
+    with _fitting(where):
         model.load_training_state(state, manifest["updates"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} does not fit this version of promoe: {error}") from error
     return model

@@ -23,6 +23,7 @@ TIME_FEATURES = 256  # width of the sinusoidal time embedding: cos and sin of 12
 GATES = ("identity", "sigmoid", "softmax")
 ASSIGNMENTS = ("top1", "topk")
 BALANCE_POOLS = ("batch", "sequence")
+WIDEST, MANY = 2**24, 2**16  # bounds of widths and of counts, as in csrc/model/config.c
 DENSITIES = ("logit_normal", "uniform", "mode")
 
 
@@ -237,12 +238,17 @@ class ModelConfig:
 
     def __post_init__(self):
         check = _Fields(self)
-        for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes", "top_k"):
+        for name in ("in_channels", "hidden_size"):
+            check.integer(name, 1, WIDEST)
+        for name in ("depth", "num_heads"):
+            check.integer(name, 1, MANY)
+        for name in ("num_classes", "top_k"):
             check.integer(name, 1)
-        check.integer("num_routed_experts", 0)
-        for name in ("head_dim", "expert_hidden_size", "shared_expert_hidden_size"):
+        check.integer("num_routed_experts", 0, MANY)
+        for name, most in (("head_dim", MANY), ("expert_hidden_size", WIDEST),
+                           ("shared_expert_hidden_size", WIDEST)):
             if getattr(self, name) is not None:
-                check.integer(name, 1)
+                check.integer(name, 1, most)
         check.real("mlp_ratio", above=0)
         check.real("class_dropout_prob", 0, 1)
         for name in ("learn_sigma", "qk_norm", "use_shared_expert", "use_uncond_expert",
@@ -283,6 +289,8 @@ class ModelConfig:
         unit = 2 * axes
         if self.hidden_size % unit:
             check.fail("hidden_size", f"sin-cos positions of {axes} axes need a multiple of {unit}")
+        if self.hidden_size * self.mlp_ratio > WIDEST:
+            check.fail("mlp_ratio", f"is too large: a dense FFN has at most {WIDEST} hidden units")
         if self.mlp_hidden_size < 1:
             check.fail("mlp_ratio", f"leaves no hidden unit with hidden_size = {self.hidden_size}")
 
@@ -617,7 +625,7 @@ def preset(name: str) -> ModelConfig:
     ValueError
         For an unknown name, with the nearest one.
     """
-    if name in _PRESETS:
+    if isinstance(name, str) and name in _PRESETS:
         return _PRESETS[name]
     raise ValueError(f"preset: unknown name {name!r}{nearest(name, _PRESETS)}; "
                      f"known: {', '.join(_PRESETS)}")
@@ -710,6 +718,8 @@ def _official_model(where, model, moe):
 
 def _official_moe(where, moe):
     """Our fields of the routed part."""
+    if not isinstance(moe, Mapping):
+        raise TypeError(f"{where}: moe is a mapping, not {type(moe).__name__}")
     moe = dict(moe)
     if moe.pop("norm_topk_prob", False):
         warnings.warn(f"{where}: norm_topk_prob = True is ignored: the public code never reads it, "

@@ -169,7 +169,7 @@ class ImageFolder:
         channels, height, width = self.shape
         try:
             with self._image.open(path) as image:
-                image = image.convert("RGB" if channels == 3 else "L")
+                image = eight_bits(image, self._image).convert("RGB" if channels == 3 else "L")
             image = centre_crop(image, height, width, self._image)
         except (OSError, SyntaxError, ValueError, EOFError,
                 self._image.DecompressionBombError) as error:
@@ -193,6 +193,16 @@ def import_pillow():
     except ImportError as error:
         raise ImportError("image folders need Pillow: pip install 'promoe[data]'") from error
     return Image
+
+
+def eight_bits(image, Image):
+    """A grey image of 16 bits in 8; others as they are. Pillow's own conversion would clip it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no fixed range; 8 or 16 bits "
+                         f"are expected")
+    return image
 
 
 def centre_crop(image, height, width, Image):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 
 import numpy as np
@@ -50,13 +51,13 @@ def sample(model: Model | str | os.PathLike, labels: ArrayLike | None = None, *,
     -------
     float32 array (n, C, *sizes)
     """
-    if not hasattr(model, "sample"):
+    if isinstance(model, (str, os.PathLike)):
         model = checkpoint.load(model, device=device, compute=compute)
+    elif not hasattr(model, "sample"):
+        raise TypeError(f"sample: model must be a Model or a path, not {type(model).__name__}")
     labels = check_labels(labels, per_class, model.config)
-    if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"sample: steps = {steps!r}: must be an integer of at least 1")
-    if isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1:
-        raise ValueError(f"sample: batch_size = {batch_size!r}: must be an integer of at least 1")
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
     out = np.empty((len(labels), *model.config.input_shape), np.float32)
     passes = -(-len(labels) // batch_size)
     with tqdm(total=passes * steps, unit="step", disable=not progress) as bar:
@@ -68,15 +69,22 @@ def sample(model: Model | str | os.PathLike, labels: ArrayLike | None = None, *,
     return out
 
 
+def check_count(name, value):
+    """ValueError when `value` is not an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"sample: {name} = {value!r}: must be an integer of at least 1")
+
+
 def check_labels(labels, per_class, config):
     """The labels as int64, from one of the two ways to give them."""
     if (labels is None) == (per_class is None):
         raise TypeError("sample: give either labels or per_class")
     if per_class is not None:
-        if isinstance(per_class, bool) or int(per_class) != per_class or per_class < 1:
-            raise ValueError(f"sample: per_class = {per_class!r}: must be an integer of at least 1")
+        check_count("per_class", per_class)
         return np.repeat(np.arange(config.num_classes), int(per_class))
     labels = np.atleast_1d(np.asarray(labels))
+    if labels.size == 0:
+        raise ValueError("sample: labels is empty: at least one is expected")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise TypeError(f"sample: labels must be integers of shape (n,), not {labels.dtype} "
                         f"{labels.shape}")

@@ -105,9 +105,12 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
     objective = RectifiedFlow() if objective is None else objective
     check_type("config", config, ModelConfig)
     check_type("objective", objective, RectifiedFlow)
+    check_type("out", out, (str, os.PathLike))
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"train: on_step must be callable, not {type(on_step).__name__}")
     settings = TrainSettings(
         steps=steps, checkpoint_every=checkpoint_every, keep_last=keep_last, log_every=log_every,
-        seed=seed, batch_size=batch_size, micro_batch=micro_batch or batch_size, lr=lr, betas=betas,
+        seed=seed, batch_size=batch_size, micro_batch=batch_size if micro_batch is None else micro_batch, lr=lr, betas=betas,
         eps=eps, weight_decay=weight_decay, clip=clip or 0.0, ema=ema,
         ema_warmup=ema_warmup, warmup=warmup, flip=flip)
     source = open_data(data, config)
@@ -175,9 +178,10 @@ def record(step, info, lr, speed):
 
 
 def check_type(name, value, wanted):
-    """TypeError when `value` is not a `wanted`."""
+    """TypeError when `value` is not a `wanted`: a type, or the two that a path can have."""
     if not isinstance(value, wanted):
-        raise TypeError(f"train: {name} must be a {wanted.__name__}, not {type(value).__name__}")
+        word = wanted.__name__ if isinstance(wanted, type) else "path"
+        raise TypeError(f"train: {name} must be a {word}, not {type(value).__name__}")
 
 
 def start(folder, run):

@@ -210,3 +210,19 @@ def test_norm_topk_prob_is_said_to_be_ignored():
     with pytest.warns(UserWarning, match="never reads it"):
         config = ModelConfig.from_official(dict(model="ProMoE_TC", moe={**MOE, "norm_topk_prob": True}))
     assert config == plain
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(mlp_ratio=1e300), "mlp_ratio"), (dict(depth=10**6), "depth"), (dict(num_heads=10**6), "num_heads"),
+    (dict(num_routed_experts=10**6), "num_routed_experts"), (dict(hidden_size=2**30), "hidden_size"),
+    (dict(expert_hidden_size=2**30), "expert_hidden_size")])
+def test_what_the_core_would_refuse_is_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match=f"ModelConfig: {words} = .* too large"):
+        promoe.ModelConfig(num_routed_experts=2).replace(**changes)
+
+
+def test_names_of_another_kind():
+    with pytest.raises(ValueError, match="preset: unknown name"):
+        promoe.preset([])
+    with pytest.raises(TypeError, match="moe is a mapping"):
+        promoe.ModelConfig.from_official({"model": "ProMoE_TC", "moe": 3})

@@ -133,6 +133,10 @@ def test_damaged_and_foreign_files(trained, tmp_path):
     safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, file)
     with pytest.raises(promoe.CheckpointError, match="not written by promoe.save.*load_state_dict"):
         promoe.load(file)
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(promoe.CheckpointError, match="not written by promoe.save"):
+        promoe.load(file)
     (tmp_path / "m.pth").write_bytes(b"PK\3\4")
     with pytest.raises(promoe.CheckpointError, match="pickles are not read"):
         promoe.load(tmp_path / "m.pth")
@@ -143,6 +147,21 @@ def test_damaged_and_foreign_files(trained, tmp_path):
         promoe.load(tmp_path / "empty")
     with pytest.raises(IsADirectoryError, match="model.safetensors"):
         promoe.save(trained.model, tmp_path)
+
+
+def test_what_is_asked_for_is_not_the_fault_of_the_file(trained, tmp_path):
+    file = tmp_path / "m.safetensors"
+    promoe.save(trained.model, file)
+    for wrong in (dict(device="cuda"), dict(compute="bf16")):
+        with pytest.raises(ValueError, match="Model: (device|compute) = ") as error:
+            promoe.load(file, **wrong)
+        assert not isinstance(error.value, promoe.CheckpointError)
+    for call in (lambda: promoe.load(None), lambda: promoe.save(trained.model, None)):
+        with pytest.raises(TypeError, match="path must be a path"):
+            call()
+    with pytest.raises(TypeError, match="model must be a Model"):
+        promoe.save(None, file)
+    assert promoe.load(file).step == trained.model.step
 
 
 # ---------------------------------------------------------------- the system refuses

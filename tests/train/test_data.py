@@ -152,6 +152,20 @@ def test_centre_crop_keeps_the_centre(tmp_path):
     assert wide.size == (17, 5)
 
 
+def test_sixteen_bits(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    deep = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a" / "0.png")
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "a" / "1.tif")
+    for channels in (1, 3):
+        source = data.ImageFolder(tmp_path, (channels, 8, 8))
+        x, _ = source.read([0])
+        assert np.array_equal(x[0, 0], (deep >> 8) / np.float32(127.5) - 1)
+        with pytest.raises(ValueError, match=r"a/1\.tif cannot be read.*mode F"):
+            source.read([1])
+
+
 def test_damaged_images_are_named(folder):
     (folder / "a" / "1.png").write_bytes(b"\x89PNG broken")
     source = data.open_data(folder, image_config())

@@ -124,6 +124,7 @@ def test_changed_data_is_refused(whole):
     (dict(betas=(0.9, 1)), ValueError, "betas"), (dict(ema=1.5), ValueError, "ema"),
     (dict(checkpoint_every=0), ValueError, "checkpoint_every"), (dict(seed=-3), ValueError, "seed"),
     (dict(config="ProMoE-digit"), ValueError, "did you mean 'ProMoE-digits'"),
+    (dict(micro_batch=0), ValueError, "micro_batch"), (dict(on_step=3), TypeError, "on_step"),
     (dict(config=7), TypeError, "ModelConfig"), (dict(objective="flow"), TypeError, "objective"),
     (dict(data="digitz"), FileNotFoundError, "digitz"), (dict(keep_last=0), ValueError, "keep_last"),
 ])
