@@ -25,9 +25,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("line", re.findall(r"^promoe (.+)$", README, re.M))
 def test_commands_parse(line):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*line.split(), "--help"])
-    assert stop.value.code == 0
+    cli.make_parser().parse_args(line.split())  # leaves with SystemExit at an unknown option
 
 
 def test_make_targets_exist():
