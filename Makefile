@@ -33,7 +33,7 @@ demo: build
 ASAN := build/asan
 asan: build
 	rm -rf $(ASAN) && mkdir -p $(ASAN)
-	cp -rp csrc promoe tests benchmarks pyproject.toml setup.py README.md LICENSE $(ASAN)/
+	cp -rp csrc promoe tests benchmarks examples docs pyproject.toml setup.py Makefile *.md LICENSE $(ASAN)/
 	rm -f $(ASAN)/promoe/*.so
 	cd $(ASAN) && PROMOE_CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
 		PROMOE_LDFLAGS='-fsanitize=address,undefined' $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace

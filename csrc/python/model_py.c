@@ -131,7 +131,8 @@ static const pm_backend *find_backend(PyObject *module, const char *device)
         return cpu;
     if (!strcmp(device, "cpu-guard"))
         return pm_guard_backend(cpu);
-    PyErr_Format(PyExc_ValueError, "Model: device = '%s' is not there: this build has 'cpu'", device);
+    PyErr_Format(PyExc_ValueError, "Model: device = '%s' is not there: this build has 'cpu'",
+                 device);
     return NULL;
 }
 
