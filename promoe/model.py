@@ -341,7 +341,9 @@ class Model:
     def __reduce__(self):
         moments = (self._core.read("exp_avg"), self._core.read("exp_avg_sq"))
         return _restore, (self.config, self.seed, self.device, self.compute, self.objective,
-                          self._core.read("param"), self._core.read("ema"), *moments, self.step)
+                          self._core.read("param"),
+                          self._core.read("ema") if self._core.has_ema else None, *moments,
+                          self.step)
 
     def __copy__(self):
         make, arguments = self.__reduce__()
@@ -433,7 +435,7 @@ class Model:
         state : mapping
             Every official name, and no other -> floating point array of the right shape.
         ema : mapping, optional
-            The moving average; a copy of the parameters by default.
+            The moving average; none by default, as in a new model.
 
         Raises
         ------
@@ -453,11 +455,14 @@ class Model:
         Returns
         -------
         dict
-            "param.NAME" and "ema.NAME" of every tensor, "exp_avg.NAME" and "exp_avg_sq.NAME" (the
-            moments of AdamW) of every trained one -> float32 array.
+            "param.NAME" and, when there is an average (see `update`), "ema.NAME" of every tensor;
+            "exp_avg.NAME" and "exp_avg_sq.NAME" (the moments of AdamW) of every trained one ->
+            float32 array.
         """
         state = {}
         for slab in SLABS:
+            if slab == "ema" and not self._core.has_ema:
+                continue
             tensors = self._cut(self._core.read(slab), trained_only=slab.startswith("exp_avg"))
             state.update({f"{slab}.{name}": array for name, array in tensors.items()})
         return state
@@ -468,8 +473,7 @@ class Model:
         Parameters
         ----------
         arrays : mapping
-            As `training_state` gives it. Without any "ema." the average is a copy of the
-            parameters; without any moments they are zero. Moments of frozen tensors are ignored.
+            As `training_state` gives it. Without any "ema." there is no average; without any moments they are zero. Moments of frozen tensors are ignored.
         step : int
             Updates done.
 

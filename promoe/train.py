@@ -69,7 +69,7 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
     lr, betas, eps, weight_decay, clip, ema, warmup
         AdamW with constant rate after `warmup` updates of linear increase; `clip` bounds the
         norm of the gradient (0 or None: not clipped); `ema` is the decay of the averaged weights
-        (None: they stay the initial ones).
+        (None: there are none, and "ema" means the last ones).
     ema_warmup : bool
         Bound that decay by (1 + step) / (10 + step), so that a short run forgets its start. The
         public code does not; with False the decay is `ema` from the first update.

@@ -27,10 +27,14 @@ int64_t pm_model_skipped(const pm_model *model); /* updates left out: a gradient
 typedef enum { PM_SLAB_PARAM, PM_SLAB_EMA, PM_SLAB_GRAD, PM_SLAB_M, PM_SLAB_V, PM_SLABS } pm_slab;
 int64_t pm_slab_count(const pm_model *model, pm_slab slab);
 
-/* A copy of a slab. Before the first update the EMA is the parameters, the moments are zero. */
+/* There is an EMA: one was loaded, or made by the first update that asked for it. Until then it is
+ * the parameters, whatever they are. */
+bool pm_model_has_ema(const pm_model *model);
+
+/* A copy of a slab; moments that there are not yet are zero. */
 pm_status pm_model_read(pm_ctx *ctx, pm_model *model, pm_slab slab, float *out);
 
-/* All of it or, when it fails, nothing. ema NULL: a fresh copy of param. m and v NULL
+/* All of it or, when it fails, nothing. ema NULL: there is none, as in a new model. m and v NULL
  * (together): zero moments. The gradients are emptied. */
 pm_status pm_model_load(pm_ctx *ctx, pm_model *model, const float *param, const float *ema,
                         const float *m, const float *v, int64_t step);

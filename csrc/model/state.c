@@ -11,6 +11,8 @@ const pm_layout *pm_model_layout(const pm_model *m) { return &m->layout; }
 int64_t pm_model_step(const pm_model *m) { return m->step; }
 int64_t pm_model_skipped(const pm_model *m) { return m->skipped; }
 
+bool pm_model_has_ema(const pm_model *m) { return m->slab[PM_SLAB_EMA] != NULL; }
+
 int64_t pm_slab_count(const pm_model *m, pm_slab slab)
 {
     return slab == PM_SLAB_PARAM || slab == PM_SLAB_EMA ? m->layout.total : m->layout.train;
@@ -401,7 +403,8 @@ pm_status pm_model_load(pm_ctx *ctx, pm_model *m, const float *param, const floa
 {
     const float *const from[PM_SLABS] = {
         [PM_SLAB_PARAM] = param, [PM_SLAB_EMA] = ema, [PM_SLAB_M] = m1, [PM_SLAB_V] = v};
-    for (int slab = 0; slab < PM_SLABS; slab++) /* everything that can fail comes first */
+    /* Everything that can fail comes first, and the EMA last of that: it is one once it is made. */
+    for (int slab = PM_SLABS - 1; slab >= 0; slab--)
         if (from[slab])
             PM_TRY(pm_need_slab(ctx, m, slab));
     for (int slab = 0; slab < PM_SLABS; slab++) {
@@ -409,10 +412,10 @@ pm_status pm_model_load(pm_ctx *ctx, pm_model *m, const float *param, const floa
             continue;
         if (from[slab])
             PM_TRY(ctx->backend->write(ctx, m->slab[slab], from[slab], slab_bytes(m, slab)));
-        else if (slab == PM_SLAB_EMA)
-            PM_TRY(ctx->backend->copy(ctx, m->slab[slab], m->slab[PM_SLAB_PARAM],
-                                      slab_bytes(m, slab)));
-        else if (slab != PM_SLAB_GRAD)
+        else if (slab == PM_SLAB_EMA) {
+            give_memory(ctx, m->slab[slab], slab_bytes(m, slab));
+            m->slab[slab] = NULL;
+        } else if (slab != PM_SLAB_GRAD)
             PM_TRY(ctx->backend->zero(ctx, m->slab[slab], slab_bytes(m, slab)));
     }
     m->step = step;

@@ -291,13 +291,13 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
                        "update: there are no gradients yet: accumulate comes first");
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_M));
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_V));
-    if (o->has_ema)
-        PM_TRY(pm_need_slab(ctx, m, PM_SLAB_EMA));
     pm_run r = pm_model_run(ctx, m);
     r.dry = true;
     r.scratch_bytes = 0;
     PM_TRY(optimize(&r, m, o->has_ema));
     PM_TRY(pm_need_arena(ctx, m, r.scratch_bytes));
+    if (o->has_ema) /* last: it is one once it is made */
+        PM_TRY(pm_need_slab(ctx, m, PM_SLAB_EMA));
     /* Nothing is missing now. */
     const double hyper[PM_HYPER_COUNT] = {[PM_HYPER_LR] = o->lr,
                                           [PM_HYPER_BETA1] = o->beta1,

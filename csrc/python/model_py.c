@@ -229,6 +229,10 @@ static PyObject *get_skipped(Model *self, void *Py_UNUSED(closure))
 {
     return check_idle(self) < 0 ? NULL : PyLong_FromLongLong(pm_model_skipped(model_of(self)));
 }
+static PyObject *get_has_ema(Model *self, void *Py_UNUSED(closure))
+{
+    return check_idle(self) < 0 ? NULL : PyBool_FromLong(pm_model_has_ema(model_of(self)));
+}
 static PyObject *get_closed(Model *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(!self->owner);
@@ -644,6 +648,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef attributes[] = {
     {"step", (getter)get_step, NULL, "Updates done.", NULL},
     {"skipped", (getter)get_skipped, NULL, "Updates left out: a gradient was not finite.", NULL},
+    {"has_ema", (getter)get_has_ema, NULL, "Whether there is an EMA beside the parameters.", NULL},
     {"closed", (getter)get_closed, NULL, "Whether close() was called.", NULL},
     {"level", (getter)get_level, NULL, "The instruction set.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -1,5 +1,6 @@
 """accumulate and update: against float64, over micro-batches, for any thread count, interrupted."""
 
+import copy
 import signal
 import time
 
@@ -105,6 +106,7 @@ def test_the_optimizer_alone_against_float64():
     """Five updates from given gradients: every number of the state, to rounding."""
     model = small_model()
     start = {k: v.astype(np.float64) for k, v in model.training_state().items()}
+    start |= {f"ema.{k}": v.astype(np.float64) for k, v in model.state_dict(ema=True).items()}
     rng = np.random.default_rng(0)
     hyper = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip=0.5, ema=0.9)
     for step in range(1, 6):
@@ -331,6 +333,16 @@ def test_training_without_an_ema():
     model.update(ema=None)  # there never was an average: it is the parameters
     now, average = model.state_dict(), model.state_dict(ema=True)
     assert all(np.array_equal(now[k], average[k]) for k in now)
+    copied, loaded = copy.copy(model), small_model()
+    loaded.gradients()
+    loaded.update(ema=0.5)  # has an average, which the load takes away
+    loaded.load_training_state(model.training_state(), model.step)
+    for twin in (model, copied, loaded):  # a copy knows that there is none, too
+        twin.accumulate(x, y, 2)
+        twin.update(ema=None)
+    assert_same(everything(copied), everything(model))
+    assert_same(everything(loaded), everything(model))
+    assert not any(name.startswith("ema.") for name in everything(loaded))
     model.accumulate(x, y, 2)
     model.update(ema=0.9)
     average = model.state_dict(ema=True)
@@ -358,10 +370,14 @@ def alarm():
 def test_an_interrupted_accumulate_is_whole_or_said(alarm):
     config = SMALL.replace(input_size=16, hidden_size=96, num_heads=4, depth=6)
     model = small_model(config=config)
-    x, y = data(config, 16)
-    start = time.perf_counter()
-    model.accumulate(x, y, 0)
-    seconds = time.perf_counter() - start
+    n, seconds = 8, 0.0
+    while seconds < 0.15:  # signals are looked for every 20 ms
+        n *= 2
+        x, y = data(config, n)
+        model.accumulate(x, y, 0)
+        start = time.perf_counter()
+        model.accumulate(x, y, 0)
+        seconds = time.perf_counter() - start
     before = everything(model)
     model.zero_gradients()
     model.accumulate(x[:1], y[:1], 5)

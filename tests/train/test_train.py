@@ -49,6 +49,16 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, stops):
     assert_same_run(result, whole)
 
 
+def test_resumed_without_an_average(tmp_path):
+    at_once = run(tmp_path / "a", 6, ema=None)
+    for steps in (0, 3, 6):
+        resumed = run(tmp_path / "b", steps, ema=None)
+    assert_same_run(resumed, at_once)
+    for model in (resumed.model, promoe.load(tmp_path / "b")):
+        last, average = model.state_dict(), model.state_dict(ema=True)
+        assert all(np.array_equal(last[name], average[name]) for name in last)
+
+
 def test_a_finished_run_is_returned_as_it_is(whole):
     assert_same_run(run(whole.out, 10), whole)
     with pytest.warns(UserWarning, match="at step 10 already"):
