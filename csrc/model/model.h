@@ -61,8 +61,8 @@ pm_status pm_model_routing(pm_ctx *ctx, pm_model *model, int32_t *choice, float 
 
 /* ---------------------------------------------------------------- training */
 
-/* Deterministic loss and gradient: losses = {mse, aux}. grad (layout->train numbers) may be
- * NULL. accumulate: also added to the gradient slab. */
+/* Deterministic loss and gradient: losses = {mse, aux}, grad (layout->train numbers).
+ * accumulate: also added to the gradient slab. */
 pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *model, int64_t B, const float *x,
                                  const float *t, const int64_t *y, const float *target,
                                  bool accumulate, double losses[2], float *grad);

@@ -255,13 +255,15 @@ pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const floa
     const size_t bytes = (size_t)m->layout.train * sizeof(float);
     float *own; /* the gradient of this call */
     PM_TRY(pm_take_memory(ctx, bytes, "the gradients of this call", &own));
-    pm_status status = loss_and_grad(ctx, m, B, x, t, y, target, own, losses, grad);
+    const pm_status status = loss_and_grad(ctx, m, B, x, t, y, target, own, losses, grad);
     ctx->backend->free(ctx, own, bytes);
-    if (status == PM_OK && accumulate) {
-        status = add_to_slab(ctx, m, grad);
-        m->slot_scale[m->slots++] = 1;
-    }
-    return status;
+    if (status != PM_OK || !accumulate)
+        return status;
+    m->gradients_incomplete = true;
+    PM_TRY(add_to_slab(ctx, m, grad));
+    m->gradients_incomplete = false;
+    m->slot_scale[m->slots++] = 1;
+    return PM_OK;
 }
 
 /* ---------------------------------------------------------------- update */

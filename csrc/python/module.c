@@ -66,7 +66,8 @@ int core_enter(core_section *section, pm_ctx *ctx)
         PyEval_RestoreThread(section->thread);
         if (busy)
             PyErr_SetString(PyExc_RuntimeError,
-                            "promoe already computes in this thread (is this a signal handler?)");
+                            "promoe already computes in this thread (is this a callback, or a signal "
+                            "handler?)");
         else
             PyErr_NoMemory();
         return -1;
