@@ -65,9 +65,10 @@ int core_enter(core_section *section, pm_ctx *ctx)
             pthread_mutex_unlock(&pool_mutex);
         PyEval_RestoreThread(section->thread);
         if (busy)
-            PyErr_SetString(PyExc_RuntimeError,
-                            "promoe already computes in this thread (is this a callback, or a signal "
-                            "handler?)");
+            PyErr_SetString(
+                PyExc_RuntimeError,
+                "promoe already computes in this thread (is this a callback, or a signal "
+                "handler?)");
         else
             PyErr_NoMemory();
         return -1;
