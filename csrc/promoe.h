@@ -139,6 +139,11 @@ typedef struct {
 
 /* ---------------------------------------------------------------- backend */
 
+/* What products multiply. Sums, and everything outside products, are fp32; so are the router's
+ * products. PM_BF16_EMULATED has the results of PM_BF16 on a CPU without its instructions, slowly. */
+typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_COMPUTES } pm_compute;
+#define PM_COMPUTE_NAMES "fp32", "bf16", "bf16-emulated"
+
 /* A backend is ops + memory. model/ and python/ know nothing else of it, and no code outside a
  * backend dereferences backend memory.
  *
@@ -147,7 +152,8 @@ typedef struct {
 struct pm_backend {
     const char *name;  /* "cpu" */
     const char *level; /* instruction set: "generic", "avx2", "avx512" */
-    bool host;         /* its memory is host memory that callers may look at between calls */
+    pm_compute compute;
+    bool host; /* its memory is host memory that callers may look at between calls */
 
     void *(*alloc)(pm_ctx *ctx, size_t bytes); /* zeroed, aligned to 64; NULL when out of memory */
     void (*free)(pm_ctx *ctx, void *memory, size_t bytes);
@@ -158,7 +164,7 @@ struct pm_backend {
     pm_status (*sync)(pm_ctx *ctx);
 
     /* Derived weights: bytes for an (F, D) weight, a multiple of 64, and making them from w. */
-    size_t (*derived_bytes)(int64_t F, int64_t D);
+    size_t (*derived_bytes)(const pm_ctx *ctx, int64_t F, int64_t D);
     pm_status (*derive)(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived);
 
     /* clang-format takes the macros of this body for types. */
@@ -176,8 +182,10 @@ struct pm_backend {
 };
 
 /* The CPU backend at a level ("generic", "avx2", "avx512"), or at the best one that this CPU has and
- * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent. */
-const pm_backend *pm_cpu_backend(const char *level, char *message, size_t message_bytes);
+ * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent, or
+ * cannot compute so. */
+const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *message,
+                                 size_t message_bytes);
 
 /* The same in memory that cannot be touched outside ops: for tests (cpu/guard.c). */
 const pm_backend *pm_guard_backend(const pm_backend *cpu);

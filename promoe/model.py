@@ -213,7 +213,7 @@ def _core_config(config, objective):
     }
 
 
-def memory_estimate(config, batch, training=True):
+def memory_estimate(config, batch, training=True, compute="fp32"):
     """Bytes that a model will take, computed without allocating them.
 
     Parameters
@@ -223,6 +223,8 @@ def memory_estimate(config, batch, training=True):
         Samples per call.
     training : bool
         With gradients, moments, EMA and all activations; else for `Model.forward`.
+    compute : str
+        As for `Model`.
 
     Returns
     -------
@@ -238,7 +240,10 @@ def memory_estimate(config, batch, training=True):
     if not isinstance(config, ModelConfig):
         raise TypeError(f"memory_estimate: config is a ModelConfig, not {type(config).__name__}")
     batch = _integer("memory_estimate", "batch", batch, 1)
-    parts = _core._memory_estimate(_core_config(config, RectifiedFlow()), batch, bool(training))
+    if not isinstance(compute, str):
+        raise TypeError(f"memory_estimate: compute = {compute!r}: a string is expected")
+    parts = _core._memory_estimate(_core_config(config, RectifiedFlow()), batch, bool(training),
+                                   compute)
     return {**parts, "total": sum(parts.values())}
 
 
@@ -256,7 +261,9 @@ class Model:
     device : str
         "cpu".
     compute : str
-        "fp32".
+        What products multiply: "fp32"; "bf16": operands are rounded to bfloat16 and summed in
+        float32, on a CPU with AVX512_BF16; "bf16-emulated": the same results on any CPU, no faster
+        than "fp32". Weights, moments, activations and the router's products stay float32.
     objective : RectifiedFlow, optional
         What `accumulate` trains for.
 
@@ -298,15 +305,10 @@ class Model:
         for name, value in (("device", device), ("compute", compute)):
             if not isinstance(value, str):
                 raise TypeError(f"Model: {name} = {value!r}: a string is expected")
-        if compute == "bf16":
-            raise ValueError("Model: compute = 'bf16' is not there: every op of this version reads "
-                             "and writes float32, and nothing is rounded silently; use 'fp32'")
-        if compute != "fp32":
-            raise ValueError(f"Model: compute = {compute!r} is not there; there is 'fp32'")
         self.config, self.objective = config, objective
         self.seed = _integer("Model", "seed", seed)
         self.device, self.compute = device, compute
-        self._core = _core._Model(_core_config(config, objective), self.seed, device)
+        self._core = _core._Model(_core_config(config, objective), self.seed, device, compute)
         self._index = self._core.index()
         self.grad_index = {name: slice(at, at + count)
                            for name, _, at, count, trained in self._index if trained}

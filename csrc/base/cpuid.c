@@ -15,6 +15,8 @@ bool pm_cpu_has(const char *level)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(level, "avx512bf16"))
+        return pm_cpu_has("avx512") && __builtin_cpu_supports("avx512bf16");
     if (!strcmp(level, "avx2"))
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif

@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* level is "generic", "avx2" or "avx512". */
+/* level is "generic", "avx2", "avx512", or "avx512bf16": avx512 and the instructions of AVX512_BF16. */
 bool pm_cpu_has(const char *level);
 /* The CPU's own words, such as "AMD EPYC 9654"; never NULL. */
 const char *pm_cpu_model(void);

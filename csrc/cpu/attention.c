@@ -170,7 +170,7 @@ static inline void attention_product(int64_t m, const float *x, int64_t ldx, int
         for (int64_t s = 0; s < slices; s++) {
             const int64_t i = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - i;
             if (attention_vectors(n, p) == 2)
-                product_tile[rows](k, a + i, panels + p * k, c + i * ldc + p, ldc, false);
+                product_tile[PM_FP32][rows](k, a + i, panels + p * k, c + i * ldc + p, ldc, false);
             else
                 attention_tile_rows[rows](k, a + i, panels + p * k, c + i * ldc + p, ldc);
         }

@@ -61,22 +61,37 @@ pm_status pm_cpu_sync(pm_ctx *ctx)
     return PM_OK;
 }
 
-extern const pm_backend pm_cpu_generic;
+#define LEVEL(name) pm_cpu_##name, pm_cpu_emulated_##name
+extern const pm_backend LEVEL(generic);
 #if defined(__x86_64__)
-extern const pm_backend pm_cpu_avx2, pm_cpu_avx512;
+extern const pm_backend LEVEL(avx2), LEVEL(avx512), pm_cpu_bf16_avx512;
 #endif
 
-/* Best first. */
-static const pm_backend *const levels[] = {
+/* Best first; [compute], NULL where the level has no such products. */
+static const pm_backend *const levels[][PM_COMPUTES] = {
 #if defined(__x86_64__)
-    &pm_cpu_avx512,
-    &pm_cpu_avx2,
+    {&pm_cpu_avx512, &pm_cpu_bf16_avx512, &pm_cpu_emulated_avx512},
+    {&pm_cpu_avx2, NULL, &pm_cpu_emulated_avx2},
 #endif
-    &pm_cpu_generic,
+    {&pm_cpu_generic, NULL, &pm_cpu_emulated_generic},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
-const pm_backend *pm_cpu_backend(const char *level, char *message, size_t message_bytes)
+static const pm_backend *compute_at(int level, pm_compute compute, char *message,
+                                    size_t message_bytes)
+{
+    const pm_backend *const backend = levels[level][compute];
+    if (backend && (compute != PM_BF16 || pm_cpu_has("avx512bf16")))
+        return backend;
+    snprintf(message, message_bytes,
+             "compute = 'bf16' needs a CPU with AVX512_BF16 and the level avx512; %s. Use 'fp32', "
+             "which is faster here, or 'bf16-emulated' for the same results, slowly",
+             backend ? "this CPU does not have it" : "this is another level");
+    return NULL;
+}
+
+const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *message,
+                                 size_t message_bytes)
 {
     const char *asked_by = "level";
     if (!level) {
@@ -85,9 +100,9 @@ const pm_backend *pm_cpu_backend(const char *level, char *message, size_t messag
     }
     if (level && *level) {
         for (int i = 0; i < LEVELS; i++)
-            if (!strcmp(levels[i]->level, level)) {
+            if (!strcmp(levels[i][PM_FP32]->level, level)) {
                 if (pm_cpu_has(level))
-                    return levels[i];
+                    return compute_at(i, compute, message, message_bytes);
                 snprintf(message, message_bytes, "%s=%s, but this CPU does not have it", asked_by,
                          level);
                 return NULL;
@@ -96,8 +111,8 @@ const pm_backend *pm_cpu_backend(const char *level, char *message, size_t messag
                  asked_by, level);
         return NULL;
     }
-    for (int i = 0; i < LEVELS; i++)
-        if (pm_cpu_has(levels[i]->level))
-            return levels[i];
-    return &pm_cpu_generic;
+    int best = 0;
+    while (!pm_cpu_has(levels[best][PM_FP32]->level))
+        best++; /* every CPU has the last one */
+    return compute_at(best, compute, message, message_bytes);
 }

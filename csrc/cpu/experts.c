@@ -17,11 +17,11 @@ enum {
 
 /* One group of this call: what it has, and where. */
 typedef struct {
-    int64_t F;              /* width */
-    int64_t first;          /* its first row in up, up_bias */
-    int64_t rows, row0;     /* of the plan: row0 .. row0+rows-1; shared: N tokens from 0 */
-    int64_t item0, items;   /* its share of the items of the phase */
-    const float *up, *down; /* panels (forward: y = x W^T; backward: dx = dy W) */
+    int64_t F;                     /* width */
+    int64_t first;                 /* its first row in up, up_bias */
+    int64_t rows, row0;            /* of the plan: row0 .. row0+rows-1; shared: N tokens from 0 */
+    int64_t item0, items;          /* its share of the items of the phase */
+    const product_word *up, *down; /* panels (forward: y = x W^T; backward: dx = dy W) */
     const float *up_bias, *down_bias; /* (F), (D) */
     float *pre, *dpre, *h;            /* (rows, F) at distance ld_pre, ld, ld; pre may be NULL */
     int64_t ld_pre, ld;
@@ -32,6 +32,7 @@ typedef void (*experts_item)(const experts_job *job, int64_t item, int worker);
 struct experts_job {
     const pm_experts_args *g;
     const pm_experts_grads *d;
+    pm_compute kind;
     experts_group *group; /* G plan groups, S shared ones */
     int64_t block;        /* slices of a block, at most */
     float *rows;          /* (R, D): what a plan row adds to y, or to dx */
@@ -50,30 +51,40 @@ struct experts_job {
 static inline int64_t experts_ld(int64_t width) { return product_panels(width) * PM_NR + 16; }
 
 /* Bound on the panels of all groups of one matrix: by columns of the groups' width, or of D. */
-static size_t experts_packed_bytes(const pm_experts_args *g)
+static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g)
 {
+    /* one row of words more for each group whose contraction is odd */
     int64_t groups = g->G + g->S;
-    int64_t by_width = (g->F + groups * (PM_NR - 1)) * g->D, by_d = product_packed(g->D, g->F);
-    return (size_t)pm_max(by_width, by_d) * 4 + (size_t)groups * 64;
+    int64_t by_width = (g->F + groups * (PM_NR - 1)) * product_words(kind, g->D),
+            by_d = product_packed(kind, g->D, g->F + groups);
+    return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)groups * 64;
 }
 
-static size_t experts_worker_bytes(const pm_experts_args *g, bool backward)
+/* Forward: rows of x as left operands, then rows of h. Backward: the same of dy and dpre, or what
+ * the weight gradients need. */
+static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g, bool backward)
 {
     int64_t width = pm_max(g->W, g->Z);
-    return pm_round64(backward ? product_wgrad_scratch(EXPERTS_SLICE, pm_max(width, g->D))
-                               : (size_t)(PM_ROWS * experts_ld(width)) * 4);
+    size_t rooms = product_room(kind, PM_ROWS, g->D);
+    if (!backward)
+        return rooms + (size_t)PM_ROWS * experts_ld(width) * sizeof(product_word);
+    rooms += product_room(kind, PM_ROWS, width);
+    size_t weights = product_wgrad_scratch(EXPERTS_SLICE, pm_max(width, g->D));
+    return pm_round64(rooms > weights ? rooms : weights);
 }
 
 static size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
+    const pm_compute kind = ctx->backend->compute;
     int64_t plan_rows = g->G ? g->R : 0;
     size_t bytes = pm_round64((size_t)(g->G + g->S) * sizeof(experts_group));
-    bytes += (size_t)(!g->up.derived + !g->down.derived) * pm_round64(experts_packed_bytes(g));
+    bytes += (size_t)(!g->up.derived + !g->down.derived) *
+             pm_round64(experts_packed_bytes(kind, g));
     bytes += pm_round64((size_t)(plan_rows * g->D) * 4) * (backward ? 2 : 1);
     if (backward)
         bytes += 2 * (pm_round64((size_t)(plan_rows * experts_ld(g->W)) * 4) +
                       pm_round64((size_t)(g->S * g->N * experts_ld(g->Z)) * 4));
-    return bytes + (size_t)pm_pool_threads(ctx->pool) * experts_worker_bytes(g, backward);
+    return bytes + (size_t)pm_pool_threads(ctx->pool) * experts_worker_bytes(kind, g, backward);
 }
 
 /* ---------------------------------------------------------------- items and tasks */
@@ -163,10 +174,11 @@ static double experts_shared_work(const experts_job *job)
 static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **scratch)
 {
     const pm_experts_args *g = job->g;
+    const pm_compute kind = job->kind = ctx->backend->compute;
     int64_t groups = g->G + g->S, plan_rows = g->G ? g->R : 0;
     job->group = pm_take(scratch, (size_t)groups * sizeof(experts_group));
-    char *up_scratch = g->up.derived ? NULL : pm_take(scratch, experts_packed_bytes(g));
-    char *down_scratch = g->down.derived ? NULL : pm_take(scratch, experts_packed_bytes(g));
+    char *up_scratch = g->up.derived ? NULL : pm_take(scratch, experts_packed_bytes(kind, g));
+    char *down_scratch = g->down.derived ? NULL : pm_take(scratch, experts_packed_bytes(kind, g));
     const char *up_derived = g->up.derived, *down_derived = g->down.derived;
     for (int64_t i = 0; i < groups; i++) {
         experts_group *e = job->group + i;
@@ -185,23 +197,23 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
 
         const pm_weight up = {g->up.w + e->first * D, up_derived};
         const pm_weight down = {g->down.w + e->first * D, down_derived};
-        e->up = backward ? product_backward_of(ctx, up, F, D, (float *)up_scratch)
-                         : product_forward_of(ctx, up, F, D, (float *)up_scratch);
-        e->down = backward ? product_backward_of(ctx, down, D, F, (float *)down_scratch)
-                           : product_forward_of(ctx, down, D, F, (float *)down_scratch);
+        e->up = backward ? product_backward_of(ctx, up, F, D, up_scratch)
+                         : product_forward_of(ctx, up, F, D, up_scratch);
+        e->down = backward ? product_backward_of(ctx, down, D, F, down_scratch)
+                           : product_forward_of(ctx, down, D, F, down_scratch);
+        const size_t by_width = product_panel_bytes(kind, F, D),
+                     by_d = product_panel_bytes(kind, D, F);
         if (up_derived)
-            up_derived += product_derived_bytes(F, D);
+            up_derived += product_derived_bytes(ctx, F, D);
         else
-            up_scratch +=
-                pm_round64((size_t)(backward ? product_packed(D, F) : product_packed(F, D)) * 4);
+            up_scratch += backward ? by_d : by_width;
         if (down_derived)
-            down_derived += product_derived_bytes(D, F);
+            down_derived += product_derived_bytes(ctx, D, F);
         else
-            down_scratch +=
-                pm_round64((size_t)(backward ? product_packed(F, D) : product_packed(D, F)) * 4);
+            down_scratch += backward ? by_width : by_d;
     }
     job->rows = pm_take(scratch, (size_t)(plan_rows * g->D) * 4);
-    job->worker_bytes = experts_worker_bytes(g, backward);
+    job->worker_bytes = experts_worker_bytes(kind, g, backward);
     experts_choose_block(job);
 }
 
@@ -234,10 +246,21 @@ static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0
     }
 }
 
+/* Stores PM_WIDTH numbers at the numbers at.. of a left operand. */
+static inline void experts_put(pm_compute kind, product_word *row, int64_t at, vf x)
+{
+    if (kind == PM_FP32)
+        v_store(row + at, x);
+    else
+        product_put(kind, row, at, x);
+}
+
 /* h = gelu(tile + bias); the pre-activation is kept when there will be a backward. */
 typedef struct {
+    pm_compute kind;
     const float *bias; /* (F) */
-    float *pre, *h;    /* (rows, F) */
+    float *pre;        /* (rows, F) */
+    product_word *h;   /* (rows) left operands of F numbers */
     int64_t ld_pre, ld;
 } experts_up;
 
@@ -251,7 +274,7 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
             vf x = v_load(tile + i * PM_NR + j) + bias;
             if (t->pre)
                 v_put(t->pre + (row0 + i) * t->ld_pre + col0 + j, x, n - j);
-            v_store(t->h + (row0 + i) * t->ld + col0 + j, v_gelu(x));
+            experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_gelu(x));
         }
     }
 }
@@ -305,18 +328,26 @@ static void experts_gather(const experts_job *job, int64_t n0, int64_t n1)
 
 /* ---------------------------------------------------------------- forward */
 
-/* m rows through one expert: x[i] points to D floats, pre is their first row (or NULL). */
-static void experts_forward_rows(const experts_job *job, const experts_group *e, int64_t m,
-                                 const float *const *x, float *pre, experts_out *out, int worker)
+/* What a task has for left operands, and behind them for rows of h. */
+static inline product_word *experts_room(const experts_job *job, int worker)
 {
-    float *h = (float *)(job->worker + (size_t)worker * job->worker_bytes);
-    experts_up up = {e->up_bias, pre, h, e->ld_pre, experts_ld(e->F)};
-    product_block(m, x, job->g->D, e->F, e->up, 0, product_panels(e->F), experts_up_tile, &up);
-    const float *rows[PM_ROWS];
+    return (product_word *)(job->worker + (size_t)worker * job->worker_bytes);
+}
+
+/* m rows through one expert: x[i] are left operands of D numbers, pre is their first row (or NULL),
+ * h has room for them. */
+static void experts_forward_rows(const experts_job *job, const experts_group *e, int64_t m,
+                                 const product_word *const *x, float *pre, experts_out *out,
+                                 product_word *h)
+{
+    experts_up up = {job->kind, e->up_bias, pre, h, e->ld_pre, experts_ld(e->F)};
+    product_block(job->kind, m, x, job->g->D, e->F, e->up, 0, product_panels(e->F), experts_up_tile,
+                  &up);
+    const product_word *rows[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         rows[i] = h + i * up.ld;
-    product_block(m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D), experts_out_tile,
-                  out);
+    product_block(job->kind, m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D),
+                  experts_out_tile, out);
 }
 
 static void experts_forward_plan(const experts_job *job, int64_t item, int worker)
@@ -326,11 +357,12 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
     int64_t i0 = experts_cut(e->rows, e->items, item),
             m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0;
-    const float *x[PM_ROWS];
+    const product_word *x[PM_ROWS];
+    product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
-        x[i] = g->x + g->row_token[r0 + i] * g->D;
+        x[i] = product_row(job->kind, g->x + g->row_token[r0 + i] * g->D, g->D, &room);
     experts_out out = {job->rows + r0 * g->D, g->D, e->down_bias, g->row_weight + r0, false};
-    experts_forward_rows(job, e, m, x, e->pre ? e->pre + i0 * e->ld_pre : NULL, &out, worker);
+    experts_forward_rows(job, e, m, x, e->pre ? e->pre + i0 * e->ld_pre : NULL, &out, room);
 }
 
 static void experts_forward_tokens(const experts_job *job, int64_t item, int worker)
@@ -339,13 +371,14 @@ static void experts_forward_tokens(const experts_job *job, int64_t item, int wor
     int64_t n0 = experts_cut(g->N, job->items, item),
             m = experts_cut(g->N, job->items, item + 1) - n0;
     experts_gather(job, n0, n0 + m);
-    const float *x[PM_ROWS];
+    const product_word *x[PM_ROWS];
+    product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
-        x[i] = g->x + (n0 + i) * g->D;
+        x[i] = product_row(job->kind, g->x + (n0 + i) * g->D, g->D, &room);
     for (int64_t s = 0; s < g->S; s++) {
         const experts_group *e = job->group + g->G + s;
         experts_out out = {g->y + n0 * g->D, g->D, e->down_bias, NULL, true};
-        experts_forward_rows(job, e, m, x, e->pre ? e->pre + n0 * e->ld_pre : NULL, &out, worker);
+        experts_forward_rows(job, e, m, x, e->pre ? e->pre + n0 * e->ld_pre : NULL, &out, room);
     }
 }
 
@@ -364,11 +397,11 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
 
 /* ---------------------------------------------------------------- backward: dpre, h, dx */
 
-/* m rows back through one expert, from row i0 of its rows: dy[i] points to D floats. hidden->dot
- * becomes <dh, h>; dx goes to out, when it is wanted. */
+/* m rows back through one expert, from row i0 of its rows: dy[i] are left operands of D numbers, room
+ * has space for those of dpre. hidden->dot becomes <dh, h>; dx goes to out, when it is wanted. */
 static void experts_backward_rows(const experts_job *job, const experts_group *e, int64_t i0,
-                                  int64_t m, const float *const *dy, const float *weight,
-                                  experts_hidden *hidden, experts_out *out)
+                                  int64_t m, const product_word *const *dy, const float *weight,
+                                  experts_hidden *hidden, experts_out *out, product_word *room)
 {
     hidden->pre = e->pre + i0 * e->ld_pre;
     hidden->weight = weight;
@@ -378,33 +411,34 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
     hidden->ld = e->ld;
     for (int64_t i = 0; i < m; i++)
         hidden->dot[i] = v_zero();
-    product_block(m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F), experts_hidden_tile,
-                  hidden);
+    product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
+                  experts_hidden_tile, hidden);
     if (!job->out)
         return;
-    const float *dpre[PM_ROWS];
+    const product_word *dpre[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
-        dpre[i] = hidden->dpre + i * e->ld;
-    product_block(m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D), experts_out_tile,
-                  out);
+        dpre[i] = product_row(job->kind, hidden->dpre + i * e->ld, e->F, &room);
+    product_block(job->kind, m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D),
+                  experts_out_tile, out);
 }
 
 static void experts_backward_plan(const experts_job *job, int64_t item, int worker)
 {
-    (void)worker;
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
     int64_t i0 = experts_cut(e->rows, e->items, item),
             m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
-    const float *dy[PM_ROWS];
+    const product_word *rows[PM_ROWS];
+    product_word *room = experts_room(job, worker);
     float from_bias[PM_ROWS]; /* <dy, down_bias> */
     for (int64_t i = 0; i < m; i++) {
-        dy[i] = job->d->dy + g->row_token[r0 + i] * D;
+        const float *dy = job->d->dy + g->row_token[r0 + i] * D;
+        rows[i] = product_row(job->kind, dy, D, &room);
         float *weighted = job->dy + (r0 + i) * D;
         vf weight = v_set(g->row_weight[r0 + i]), dot = v_zero();
         for (int64_t j = 0; j < D; j += PM_WIDTH) {
-            vf G = v_get(dy[i] + j, D - j);
+            vf G = v_get(dy + j, D - j);
             dot = v_fma(G, v_get(e->down_bias + j, D - j), dot);
             v_put(weighted + j, weight * G, D - j);
         }
@@ -412,7 +446,7 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
     }
     experts_hidden hidden;
     experts_out out = {job->rows + r0 * D, D, NULL, NULL, false};
-    experts_backward_rows(job, e, i0, m, dy, g->row_weight + r0, &hidden, &out);
+    experts_backward_rows(job, e, i0, m, rows, g->row_weight + r0, &hidden, &out, room);
     if (job->d->drow_weight)
         for (int64_t i = 0; i < m; i++)
             job->d->drow_weight[r0 + i] = v_sum(hidden.dot[i]) + from_bias[i];
@@ -420,19 +454,19 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
 
 static void experts_backward_tokens(const experts_job *job, int64_t item, int worker)
 {
-    (void)worker;
     const pm_experts_args *g = job->g;
     int64_t n0 = experts_cut(g->N, job->items, item),
             m = experts_cut(g->N, job->items, item + 1) - n0;
-    const float *dy[PM_ROWS];
+    const product_word *dy[PM_ROWS];
+    product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
-        dy[i] = job->d->dy + (n0 + i) * g->D;
+        dy[i] = product_row(job->kind, job->d->dy + (n0 + i) * g->D, g->D, &room);
     if (job->out)
         experts_gather(job, n0, n0 + m);
     experts_hidden hidden;
     for (int64_t s = 0; s < g->S; s++) {
         experts_out out = {job->out ? job->out + n0 * g->D : NULL, g->D, NULL, NULL, true};
-        experts_backward_rows(job, job->group + g->G + s, n0, m, dy, NULL, &hidden, &out);
+        experts_backward_rows(job, job->group + g->G + s, n0, m, dy, NULL, &hidden, &out, room);
     }
 }
 

@@ -132,11 +132,14 @@ static pm_status guard_zero(pm_ctx *ctx, void *memory, size_t bytes)
 }
 static pm_status guard_sync(pm_ctx *ctx) { return inner->sync(ctx); }
 
-static size_t guard_derived_bytes(int64_t F, int64_t D) { return inner->derived_bytes(F, D); }
+static size_t guard_derived_bytes(const pm_ctx *ctx, int64_t F, int64_t D)
+{
+    return inner->derived_bytes(ctx, F, D);
+}
 static pm_status guard_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
 {
     PM_TRY(check(ctx, "derive", "w", w, (size_t)(F * D) * sizeof *w));
-    PM_TRY(check(ctx, "derive", "derived", derived, inner->derived_bytes(F, D)));
+    PM_TRY(check(ctx, "derive", "derived", derived, inner->derived_bytes(ctx, F, D)));
     GUARDED_CALL(inner->derive(ctx, F, D, w, derived));
 }
 
@@ -239,6 +242,7 @@ const pm_backend *pm_guard_backend(const pm_backend *backend)
 #undef PM_OP
     };
     guard.level = backend->level;
+    guard.compute = backend->compute;
     inner = backend;
     return &guard;
 }

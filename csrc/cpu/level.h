@@ -41,22 +41,14 @@
 #define PM_WORDS(a) #a
 #define PM_TEXT(a) PM_WORDS(a)
 
-#define PM_BACKWARD_FORWARD(op) NULL
-#define PM_BACKWARD_BOTH(op) op##_backward
-const pm_backend PM_NAME(pm_cpu_, PM_LEVEL) = {
-    .name = "cpu",
-    .level = PM_TEXT(PM_LEVEL),
-    .host = true,
-    .alloc = pm_cpu_alloc,
-    .free = pm_cpu_free,
-    .write = pm_cpu_copy,
-    .read = pm_cpu_copy,
-    .copy = pm_cpu_copy,
-    .zero = pm_cpu_zero,
-    .sync = pm_cpu_sync,
-    .derived_bytes = product_derived_bytes,
-    .derive = product_derive,
-#define PM_OP(op, OP, direction) .op = {op##_forward, PM_BACKWARD_##direction(op), op##_workspace},
-#include "../ops.def"
-#undef PM_OP
-};
+#define PM_COMPUTE PM_FP32
+#define PM_TABLE PM_NAME(pm_cpu_, PM_LEVEL)
+#include "table.h"
+#define PM_COMPUTE PM_BF16_EMULATED
+#define PM_TABLE PM_NAME(pm_cpu_emulated_, PM_LEVEL)
+#include "table.h"
+#if PM_HAS_BF16
+#define PM_COMPUTE PM_BF16
+#define PM_TABLE PM_NAME(pm_cpu_bf16_, PM_LEVEL)
+#include "table.h"
+#endif

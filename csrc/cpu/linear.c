@@ -4,9 +4,10 @@ typedef struct {
     const pm_linear_args *g;
     const pm_linear_grads *d;
     product_grid grid;
-    const float *panels; /* of the weight, forward or backward */
-    const float *dpre;   /* (N, F): dy * act'(pre); dy itself when there is no activation */
-    void *scratch;       /* worker_bytes for each worker */
+    pm_compute kind;
+    const product_word *panels; /* of the weight, forward or backward */
+    const float *dpre;          /* (N, F): dy * act'(pre); dy itself when there is no activation */
+    void *scratch;              /* worker_bytes for each worker */
     size_t worker_bytes;
 } linear_job;
 
@@ -24,13 +25,27 @@ static product_grid linear_wgrad_grid(const pm_linear_args *g)
 
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {
+    const pm_compute kind = ctx->backend->compute;
+    const size_t workers = (size_t)pm_pool_threads(ctx->pool);
+    const int64_t n = backward ? g->D : g->F, k = backward ? g->F : g->D;
+    size_t bytes = g->weight.derived ? 0 : product_panel_bytes(kind, n, k);
+    bytes += workers * product_room(kind, PM_ROWS, k);
     if (!backward)
-        return g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->F, g->D) * 4);
-    size_t bytes = g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->D, g->F) * 4);
+        return bytes;
     if (g->activation != PM_ACT_NONE)
         bytes += pm_round64((size_t)(g->N * g->F) * 4);
     product_grid grid = linear_wgrad_grid(g);
-    return bytes + (size_t)pm_pool_threads(ctx->pool) * product_grid_wgrad_scratch(&grid);
+    return bytes + workers * product_grid_wgrad_scratch(&grid);
+}
+
+/* The rows of a task, n0 .. n0+m-1 of x, as left operands of k numbers. */
+static inline void linear_rows(const linear_job *job, const float *x, int64_t n0, int64_t m,
+                               int64_t k, int worker, const product_word **rows)
+{
+    product_word *room =
+        (product_word *)((char *)job->scratch + (size_t)worker * job->worker_bytes);
+    for (int64_t i = 0; i < m; i++)
+        rows[i] = product_row(job->kind, x + (n0 + i) * k, k, &room);
 }
 
 /* ---------------------------------------------------------------- forward */
@@ -63,23 +78,26 @@ static void linear_forward_finish(void *arg, int64_t row0, int m, int64_t col0, 
 
 static void linear_forward_task(void *arg, int64_t task, int worker)
 {
-    (void)worker;
     const linear_job *job = arg;
     const pm_linear_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    const float *rows[PM_ROWS];
-    for (int64_t i = 0; i < s.rows; i++)
-        rows[i] = g->x + (s.row0 + i) * g->D;
-    product_block(s.rows, rows, g->D, g->F, job->panels, s.panel0, s.panel1, linear_forward_finish,
-                  &(linear_block){job, s.row0});
+    const product_word *rows[PM_ROWS];
+    linear_rows(job, g->x, s.row0, s.rows, g->D, worker, rows);
+    product_block(job->kind, s.rows, rows, g->D, g->F, job->panels, s.panel0, s.panel1,
+                  linear_forward_finish, &(linear_block){job, s.row0});
 }
 
 static pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scratch)
 {
     if (g->N == 0)
         return PM_OK;
-    linear_job job = {.g = g, .grid = product_grid_of(g->N, g->F, g->D)};
-    job.panels = product_forward_of(ctx, g->weight, g->F, g->D, scratch);
+    const pm_compute kind = ctx->backend->compute;
+    linear_job job = {.g = g, .kind = kind, .grid = product_grid_of(g->N, g->F, g->D)};
+    void *panels = g->weight.derived ? NULL
+                                     : pm_take(&scratch, product_panel_bytes(kind, g->F, g->D));
+    job.panels = product_forward_of(ctx, g->weight, g->F, g->D, panels);
+    job.scratch = scratch;
+    job.worker_bytes = product_room(kind, PM_ROWS, g->D);
     pm_parallel(ctx->pool, product_tasks(&job.grid), linear_forward_task, &job);
     return PM_OK;
 }
@@ -126,15 +144,13 @@ static void linear_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64
 
 static void linear_dx_task(void *arg, int64_t task, int worker)
 {
-    (void)worker;
     const linear_job *job = arg;
     const pm_linear_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    const float *rows[PM_ROWS];
-    for (int64_t i = 0; i < s.rows; i++)
-        rows[i] = job->dpre + (s.row0 + i) * g->F;
-    product_block(s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1, linear_dx_finish,
-                  &(linear_block){job, s.row0});
+    const product_word *rows[PM_ROWS];
+    linear_rows(job, job->dpre, s.row0, s.rows, g->F, worker, rows);
+    product_block(job->kind, s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1,
+                  linear_dx_finish, &(linear_block){job, s.row0});
 }
 
 /* dweight += dpre^T . x; dbias += sum of dpre. A task owns its outputs. */
@@ -157,13 +173,19 @@ static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_
 {
     if (g->N == 0)
         return PM_OK;
-    linear_job job = {.g = g, .d = d, .dpre = d->dy};
+    const pm_compute kind = ctx->backend->compute;
+    linear_job job = {.g = g, .d = d, .kind = kind, .dpre = d->dy};
     if (g->activation != PM_ACT_NONE) {
         job.dpre = pm_take(&scratch, (size_t)(g->N * g->F) * 4);
         pm_parallel(ctx->pool, pm_blocks(g->N * g->F, LINEAR_ELEMENTS), linear_dpre_task, &job);
     }
     if (d->dx) {
-        job.panels = product_backward_of(ctx, g->weight, g->F, g->D, scratch);
+        void *room = scratch;
+        void *panels = g->weight.derived ? NULL
+                                         : pm_take(&room, product_panel_bytes(kind, g->D, g->F));
+        job.panels = product_backward_of(ctx, g->weight, g->F, g->D, panels);
+        job.scratch = room;
+        job.worker_bytes = product_room(kind, PM_ROWS, g->F);
         job.grid = product_grid_of(g->N, g->D, g->F);
         pm_parallel(ctx->pool, product_tasks(&job.grid), linear_dx_task, &job);
     }

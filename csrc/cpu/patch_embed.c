@@ -62,7 +62,8 @@ typedef struct {
     const pm_patch_embed_grads *d;
     patch_grid patches;
     product_grid grid;
-    const float *panels;
+    pm_compute kind;
+    const product_word *panels;
     int64_t *offset; /* (P): patch_offsets */
     float *rows;     /* backward: (B*T, P), all patches */
     char *scratch;   /* worker_bytes for each worker */
@@ -75,15 +76,23 @@ typedef struct {
     int64_t row0; /* first row of the task's block */
 } patch_embed_block;
 
+/* Bytes of a forward task: its patches, and those as left operands. */
+static size_t patch_embed_room(pm_compute kind, int64_t P)
+{
+    return pm_round64((size_t)(PM_ROWS * P) * 4) + product_room(kind, PM_ROWS, P);
+}
+
 static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args *g, bool backward)
 {
+    const pm_compute kind = ctx->backend->compute;
     size_t workers = (size_t)pm_pool_threads(ctx->pool),
            bytes = pm_round64((size_t)g->P * sizeof(int64_t));
     if (!backward) {
-        bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->D, g->P) * 4);
-        return bytes + workers * pm_round64((size_t)(PM_ROWS * g->P) * 4);
+        bytes += g->weight.derived ? 0 : product_panel_bytes(kind, g->D, g->P);
+        return bytes + workers * patch_embed_room(kind, g->P);
     }
-    bytes += g->weight.derived ? 0 : pm_round64((size_t)product_packed(g->P, g->D) * 4);
+    bytes += g->weight.derived ? 0 : product_panel_bytes(kind, g->P, g->D);
+    bytes += workers * product_room(kind, PM_ROWS, g->D);
     product_grid grid = product_wgrad_grid(g->D, g->P, g->B * g->T);
     return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) +
            workers * product_grid_wgrad_scratch(&grid);
@@ -138,19 +147,22 @@ static void patch_embed_forward_task(void *arg, int64_t task, int worker)
     const patch_embed_job *job = arg;
     const pm_patch_embed_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    float *patches = (float *)(job->scratch + (size_t)worker * job->worker_bytes);
-    const float *rows[PM_ROWS];
+    void *scratch = job->scratch + (size_t)worker * job->worker_bytes;
+    float *patches = pm_take(&scratch, (size_t)(PM_ROWS * g->P) * 4);
+    product_word *room = scratch;
+    const product_word *rows[PM_ROWS];
     for (int64_t i = 0; i < s.rows; i++) {
-        rows[i] = patches + i * g->P;
         patch_embed_gather(job, s.row0 + i, patches + i * g->P);
+        rows[i] = product_row(job->kind, patches + i * g->P, g->P, &room);
     }
-    product_block(s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1,
+    product_block(job->kind, s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1,
                   patch_embed_forward_finish, &(patch_embed_block){job, s.row0});
 }
 
 static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *scratch)
 {
-    patch_embed_job job = {.worker_bytes = pm_round64((size_t)(PM_ROWS * g->P) * 4)};
+    const pm_compute kind = ctx->backend->compute;
+    patch_embed_job job = {.kind = kind, .worker_bytes = patch_embed_room(kind, g->P)};
     PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
     job.scratch = pm_take(&scratch, (size_t)pm_pool_threads(ctx->pool) * job.worker_bytes);
     job.panels = product_forward_of(ctx, g->weight, g->D, g->P, scratch);
@@ -176,15 +188,15 @@ static void patch_embed_dx_finish(void *arg, int64_t row0, int m, int64_t col0, 
 
 static void patch_embed_dx_task(void *arg, int64_t task, int worker)
 {
-    (void)worker;
     const patch_embed_job *job = arg;
     const pm_patch_embed_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    const float *rows[PM_ROWS];
+    product_word *room = (product_word *)(job->scratch + (size_t)worker * job->worker_bytes);
+    const product_word *rows[PM_ROWS];
     for (int64_t i = 0; i < s.rows; i++)
-        rows[i] = job->d->dy + (s.row0 + i) * g->D;
-    product_block(s.rows, rows, g->D, g->P, job->panels, s.panel0, s.panel1, patch_embed_dx_finish,
-                  &(patch_embed_block){job, s.row0});
+        rows[i] = product_row(job->kind, job->d->dy + (s.row0 + i) * g->D, g->D, &room);
+    product_block(job->kind, s.rows, rows, g->D, g->P, job->panels, s.panel0, s.panel1,
+                  patch_embed_dx_finish, &(patch_embed_block){job, s.row0});
 }
 
 #define PATCH_EMBED_ROWS 64 /* patches gathered by a task */
@@ -228,10 +240,16 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
                                       const pm_patch_embed_grads *d, void *scratch)
 {
     int64_t N = g->B * g->T;
-    patch_embed_job job = {.d = d};
+    const pm_compute kind = ctx->backend->compute;
+    patch_embed_job job = {.d = d, .kind = kind};
     PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
     if (d->dx) {
-        job.panels = product_backward_of(ctx, g->weight, g->D, g->P, scratch);
+        void *room = scratch;
+        void *panels = g->weight.derived ? NULL
+                                         : pm_take(&room, product_panel_bytes(kind, g->P, g->D));
+        job.panels = product_backward_of(ctx, g->weight, g->D, g->P, panels);
+        job.scratch = room;
+        job.worker_bytes = product_room(kind, PM_ROWS, g->D);
         job.grid = product_grid_of(N, g->P, g->D);
         pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_dx_task, &job);
     }

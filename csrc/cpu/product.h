@@ -5,6 +5,11 @@
  * most PM_MR rows of one panel: its accumulators live in registers over the whole of k, so a row's
  * result does not depend on which rows share its tile. Included once per level.
  *
+ * There are three kinds of products, those of pm_compute; sums are fp32 in all of them. Operands
+ * are made of words of 4 bytes: one float, or two bf16 that are neighbours along k, the first in
+ * the low half, and a zero behind an odd k. So panels, tiles and their loops are the same for
+ * every kind: only packing and the multiply-add know the difference.
+ *
  * Sizes: AVX-512 14x32 = 28 of 32 registers, AVX2 6x16 = 12 of 16, generic 6x8 = 12 of 16. */
 
 #if PM_WIDTH == 16
@@ -17,15 +22,99 @@
 #define PM_NR (2 * PM_WIDTH)
 #define PM_ROWS (PM_MR == 14 ? 84 : 48) /* rows of a block that stays in L2 under a panel in L1 */
 
+/* A word, whatever is in it: it is moved as a float, which changes no bit. */
+typedef float product_word;
+
+/* Words of k numbers. */
+static inline int64_t product_words(pm_compute kind, int64_t k)
+{
+    return kind == PM_FP32 ? k : (k + 1) / 2;
+}
+/* How many numbers a word has. */
+static inline int64_t product_per_word(pm_compute kind) { return kind == PM_FP32 ? 1 : 2; }
+
+/* ---------------------------------------------------------------- left operand
+ *
+ * Rows of floats are fp32 operands as they are. For the other kinds a task rounds its rows into a
+ * room of its own. */
+
+/* Words between two rows of a room; not a power of two, so that rows do not share cache sets. */
+static inline int64_t product_row_words(int64_t k) { return pm_blocks(k, 32) * 16 + 16; }
+
+/* Bytes of a room for m rows of k. */
+static inline size_t product_room(pm_compute kind, int64_t m, int64_t k)
+{
+    return kind == PM_FP32 ? 0 : (size_t)(m * product_row_words(k)) * sizeof(product_word);
+}
+
+/* Stores PM_WIDTH bf16 at the numbers at.. of a row of words. */
+static inline void product_put(pm_compute kind, product_word *row, int64_t at, vf x)
+{
+    v_store_bf16(kind == PM_BF16, (char *)row + 2 * at, x);
+}
+
+/* A row x of k floats as a left operand; *room moves on by a row where it is needed. */
+static inline const product_word *product_row(pm_compute kind, const float *x, int64_t k,
+                                              product_word **room)
+{
+    if (kind == PM_FP32)
+        return x;
+    product_word *row = *room;
+    *room += product_row_words(k);
+    for (int64_t i = 0; i < k; i += PM_WIDTH)
+        product_put(kind, row, i, v_get(x + i, k - i));
+    return row;
+}
+
 /* ---------------------------------------------------------------- packing */
 
 static inline int64_t product_panels(int64_t n) { return (n + PM_NR - 1) / PM_NR; }
-static inline int64_t product_packed(int64_t n, int64_t k) { return product_panels(n) * PM_NR * k; }
+/* Words of the panels of n columns. */
+static inline int64_t product_packed(pm_compute kind, int64_t n, int64_t k)
+{
+    return product_panels(n) * PM_NR * product_words(kind, k);
+}
+
+/* Pairs of the rows i.. of a panel from the columns j of W: the last one alone when k is odd. */
+static void product_pack_pairs(pm_compute kind, int64_t n, int64_t k, const float *w, int64_t ld,
+                               product_word *panel)
+{
+    int64_t i = 0;
+    if (n == PM_NR)
+        for (; i + PM_WIDTH <= k; i += PM_WIDTH)
+            for (int half = 0; half < PM_NR; half += PM_WIDTH) {
+                vf t[PM_WIDTH];
+                for (int j = 0; j < PM_WIDTH; j++) {
+                    const float *from = w + (half + j) * ld + i;
+                    __builtin_prefetch(from + 8 * 16);
+                    t[j] = v_load(from);
+                }
+                v_transpose(t);
+                for (int j = 0; j < PM_WIDTH; j += 2)
+                    v_store(panel + (i + j) / 2 * PM_NR + half,
+                            v_pairs(kind == PM_BF16, t[j], t[j + 1]));
+            }
+    for (; i < k; i += 2)
+        for (int64_t j0 = 0; j0 < PM_NR; j0 += PM_WIDTH) {
+            float low[PM_WIDTH] = {0}, high[PM_WIDTH] = {0};
+            for (int64_t j = 0; j < pm_min(PM_WIDTH, n - j0); j++) {
+                low[j] = w[(j0 + j) * ld + i];
+                high[j] = i + 1 < k ? w[(j0 + j) * ld + i + 1] : 0.0f;
+            }
+            v_store(panel + i / 2 * PM_NR + j0,
+                    v_pairs(kind == PM_BF16, v_load(low), v_load(high)));
+        }
+}
 
 /* Panels of the columns of B = W^T, for y = x W^T: W has n rows (outputs) of k, at distance ld. */
-static void product_pack_rows(int64_t n, int64_t k, const float *w, int64_t ld, float *panels)
+static void product_pack_rows(pm_compute kind, int64_t n, int64_t k, const float *w, int64_t ld,
+                              product_word *panels)
 {
-    for (int64_t p = 0; p < n; p += PM_NR, panels += k * PM_NR) {
+    for (int64_t p = 0; p < n; p += PM_NR, panels += product_words(kind, k) * PM_NR) {
+        if (kind != PM_FP32) {
+            product_pack_pairs(kind, pm_min(PM_NR, n - p), k, w + p * ld, ld, panels);
+            continue;
+        }
         int64_t i = 0;
         if (n - p >= PM_NR)
             for (; i + PM_WIDTH <= k; i += PM_WIDTH)
@@ -49,46 +138,52 @@ static void product_pack_rows(int64_t n, int64_t k, const float *w, int64_t ld, 
 #define PRODUCT_PACK_ROWS 16 /* rows of W read side by side: long reads and long writes */
 
 /* Rows k0..k1-1 of the panels of the columns of B = W, for dx = dy W: W has k rows of n, at
- * distance ld. */
-static void product_pack_cols_range(int64_t n, int64_t k, int64_t k0, int64_t k1, const float *w,
-                                    int64_t ld, float *panels)
+ * distance ld. k0 is even, and k1 is even or k. */
+static void product_pack_cols_range(pm_compute kind, int64_t n, int64_t k, int64_t k0, int64_t k1,
+                                    const float *w, int64_t ld, product_word *panels)
 {
+    const int64_t words = product_words(kind, k), per = product_per_word(kind);
     for (int64_t b = k0; b < k1; b += PRODUCT_PACK_ROWS)
         for (int64_t p = 0; p < n; p += PM_NR)
-            for (int64_t i = b; i < pm_min(k1, b + PRODUCT_PACK_ROWS); i++) {
-                const float *from = w + i * ld + p;
-                float *to = panels + p * k + i * PM_NR;
-                int64_t left = n - p - PM_WIDTH;
-                v_store(to, v_get(from, n - p));
-                v_store(to + PM_WIDTH, left > 0 ? v_get(from + PM_WIDTH, left) : v_zero());
-            }
+            for (int64_t i = b; i < pm_min(k1, b + PRODUCT_PACK_ROWS); i += per)
+                for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
+                    const int64_t left = n - p - j;
+                    const float *from = w + i * ld + p + j;
+                    vf x = left > 0 ? v_get(from, left) : v_zero();
+                    if (per == 2)
+                        x = v_pairs(kind == PM_BF16, x,
+                                    left > 0 && i + 1 < k ? v_get(from + ld, left) : v_zero());
+                    v_store(panels + p * words + i / per * PM_NR + j, x);
+                }
 }
-static void product_pack_cols(int64_t n, int64_t k, const float *w, int64_t ld, float *panels)
+static void product_pack_cols(pm_compute kind, int64_t n, int64_t k, const float *w, int64_t ld,
+                              product_word *panels)
 {
-    product_pack_cols_range(n, k, 0, k, w, ld, panels);
+    product_pack_cols_range(kind, n, k, 0, k, w, ld, panels);
 }
 
 /* The derived twin of a weight (F, D): panels for y = x W^T, then panels for dx = dy W. */
-static size_t product_derived_bytes(int64_t F, int64_t D)
+static size_t product_panel_bytes(pm_compute kind, int64_t n, int64_t k)
 {
-    return pm_round64((size_t)product_packed(F, D) * 4) +
-           pm_round64((size_t)product_packed(D, F) * 4);
+    return pm_round64((size_t)product_packed(kind, n, k) * sizeof(product_word));
 }
-static inline const float *product_forward_panels(const void *derived, int64_t F, int64_t D)
+static size_t product_derived_bytes(const pm_ctx *ctx, int64_t F, int64_t D)
 {
-    (void)F, (void)D;
-    return derived;
+    const pm_compute kind = ctx->backend->compute;
+    return product_panel_bytes(kind, F, D) + product_panel_bytes(kind, D, F);
 }
-static inline const float *product_backward_panels(const void *derived, int64_t F, int64_t D)
+static inline product_word *product_backward_panels(pm_compute kind, const void *derived, int64_t F,
+                                                    int64_t D)
 {
-    return (const float *)((const char *)derived + pm_round64((size_t)product_packed(F, D) * 4));
+    return (product_word *)((const char *)derived + product_panel_bytes(kind, F, D));
 }
 
 /* Making panels of a weight (F, D), forward or backward or both, in parallel. */
 typedef struct {
+    pm_compute kind;
     int64_t F, D;
     const float *w;
-    float *forward, *backward;
+    product_word *forward, *backward;
 } product_pack_job;
 
 static void product_pack_forward_task(void *arg, int64_t task, int worker)
@@ -96,14 +191,16 @@ static void product_pack_forward_task(void *arg, int64_t task, int worker)
     (void)worker;
     const product_pack_job *j = arg;
     int64_t p = task * PM_NR;
-    product_pack_rows(pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D, j->forward + p * j->D);
+    product_pack_rows(j->kind, pm_min(PM_NR, j->F - p), j->D, j->w + p * j->D, j->D,
+                      j->forward + p * product_words(j->kind, j->D));
 }
 static void product_pack_backward_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const product_pack_job *j = arg;
     int64_t f = task * PM_NR;
-    product_pack_cols_range(j->D, j->F, f, pm_min(j->F, f + PM_NR), j->w, j->D, j->backward);
+    product_pack_cols_range(j->kind, j->D, j->F, f, pm_min(j->F, f + PM_NR), j->w, j->D,
+                            j->backward);
 }
 /* The same PM_NR rows of w for both: read once from memory. */
 static void product_derive_task(void *arg, int64_t task, int worker)
@@ -114,29 +211,30 @@ static void product_derive_task(void *arg, int64_t task, int worker)
 
 static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
 {
-    product_pack_job job = {F, D, w, (float *)product_forward_panels(derived, F, D),
-                            (float *)product_backward_panels(derived, F, D)};
+    const pm_compute kind = ctx->backend->compute;
+    product_pack_job job = {kind, F, D, w, derived, product_backward_panels(kind, derived, F, D)};
     pm_parallel(ctx->pool, product_panels(F), product_derive_task, &job);
     return PM_OK;
 }
 
 /* The panels of a weight (F, D): its derived twin's, or packed into scratch, which has
- * product_packed(F, D) floats forward and product_packed(D, F) floats backward. */
-static const float *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
-                                       float *scratch)
+ * product_panel_bytes(F, D) forward and product_panel_bytes(D, F) backward. */
+static const product_word *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
+                                              void *scratch)
 {
     if (weight.derived)
-        return product_forward_panels(weight.derived, F, D);
-    product_pack_job job = {F, D, weight.w, scratch, NULL};
+        return weight.derived;
+    product_pack_job job = {ctx->backend->compute, F, D, weight.w, scratch, NULL};
     pm_parallel(ctx->pool, product_panels(F), product_pack_forward_task, &job);
     return scratch;
 }
-static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
-                                        float *scratch)
+static const product_word *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,
+                                               void *scratch)
 {
+    const pm_compute kind = ctx->backend->compute;
     if (weight.derived)
-        return product_backward_panels(weight.derived, F, D);
-    product_pack_job job = {F, D, weight.w, NULL, scratch};
+        return product_backward_panels(kind, weight.derived, F, D);
+    product_pack_job job = {kind, F, D, weight.w, NULL, scratch};
     pm_parallel(ctx->pool, product_panels(F), product_pack_backward_task, &job);
     return scratch;
 }
@@ -154,7 +252,12 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
 #endif
 #define PRODUCT_NAME(kind, m) product_##kind##_##m,
 
-/* c[i][0..PM_NR) = or += sum over kk < k of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR.
+/* t += a * b in a kind: a is one word in all lanes, b a vector of words. */
+#define PRODUCT_ADD_fp32(t, a, b) v_fma(a, b, t)
+#define PRODUCT_ADD_bf16(t, a, b) v_dot(a, b, t)
+#define PRODUCT_ADD_emulated(t, a, b) v_dot_emulated(a, b, t)
+
+/* c[i][0..PM_NR) = or += sum over kk < k words of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR.
  * tile: row i of c is at c + i*ldc. ahead: c is a tile, and meanwhile the bytes from ahead on are
  * fetched into L2, step per kk: the caller's next panel. */
 #define PRODUCT_tile_ARGS int64_t ldc, bool add
@@ -171,13 +274,14 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
     ahead += step;
 /* clang-format takes the macros of this body for types. */
 /* clang-format off */
-#define PRODUCT_TILE(kind, m)                                                                      \
-    static void product_##kind##_##m(int64_t k, const float *const *a, const float *panel,         \
-                                     float *c, PRODUCT_##kind##_ARGS)                              \
+#define PRODUCT_TILE(form, kind, m)                                                                \
+    static void product_##form##_##kind##_##m(int64_t k, const product_word *const *a,             \
+                                              const product_word *panel, float *c,                 \
+                                              PRODUCT_##form##_ARGS)                               \
     {                                                                                              \
-        PRODUCT_##kind##_BEGIN                                                                     \
+        PRODUCT_##form##_BEGIN                                                                     \
         vf t[m][2];                                                                                \
-        const float *r[m];                                                                         \
+        const product_word *r[m];                                                                  \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \
             r[i] = a[i];                                                                           \
@@ -186,12 +290,12 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
         }                                                                                          \
         for (int64_t kk = 0; kk < k; kk++) {                                                       \
             vf b0 = v_load(panel + kk * PM_NR), b1 = v_load(panel + kk * PM_NR + PM_WIDTH);        \
-            PRODUCT_##kind##_FETCH                                                                 \
+            PRODUCT_##form##_FETCH                                                                 \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
             {                                                                                      \
                 vf x = v_set(r[i][kk]);                                                            \
-                t[i][0] = v_fma(x, b0, t[i][0]);                                                   \
-                t[i][1] = v_fma(x, b1, t[i][1]);                                                   \
+                t[i][0] = PRODUCT_ADD_##kind(t[i][0], x, b0);                                      \
+                t[i][1] = PRODUCT_ADD_##kind(t[i][1], x, b1);                                      \
             }                                                                                      \
         }                                                                                          \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
@@ -201,16 +305,39 @@ static const float *product_backward_of(pm_ctx *ctx, pm_weight weight, int64_t F
         }                                                                                          \
     }
 /* clang-format on */
-PRODUCT_HEIGHTS(PRODUCT_TILE, tile)
-PRODUCT_HEIGHTS(PRODUCT_TILE, ahead)
+#define PRODUCT_TILE_fp32(form, m) PRODUCT_TILE(form, fp32, m)
+#define PRODUCT_TILE_bf16(form, m) PRODUCT_TILE(form, bf16, m)
+#define PRODUCT_TILE_emulated(form, m) PRODUCT_TILE(form, emulated, m)
+PRODUCT_HEIGHTS(PRODUCT_TILE_fp32, tile)
+PRODUCT_HEIGHTS(PRODUCT_TILE_fp32, ahead)
+PRODUCT_HEIGHTS(PRODUCT_TILE_emulated, tile)
+PRODUCT_HEIGHTS(PRODUCT_TILE_emulated, ahead)
+#if PM_HAS_BF16
+PRODUCT_HEIGHTS(PRODUCT_TILE_bf16, tile)
+PRODUCT_HEIGHTS(PRODUCT_TILE_bf16, ahead)
+#endif
 
-typedef void (*product_tile_fn)(int64_t k, const float *const *a, const float *panel, float *c,
-                                PRODUCT_tile_ARGS);
-typedef void (*product_ahead_fn)(int64_t k, const float *const *a, const float *panel, float *c,
-                                 PRODUCT_ahead_ARGS);
-static const product_tile_fn product_tile[PM_MR + 1] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, tile)};
-static const product_ahead_fn product_ahead[PM_MR + 1] = {NULL,
-                                                          PRODUCT_HEIGHTS(PRODUCT_NAME, ahead)};
+/* A table of tiles, [kind][height]. */
+#if PM_HAS_BF16
+#define PRODUCT_TABLE(form)                                                                        \
+    {                                                                                              \
+        [PM_FP32] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, form##_fp32)},                            \
+        [PM_BF16] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, form##_bf16)},                            \
+        [PM_BF16_EMULATED] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, form##_emulated)},               \
+    }
+#else
+#define PRODUCT_TABLE(form)                                                                        \
+    {                                                                                              \
+        [PM_FP32] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, form##_fp32)},                            \
+        [PM_BF16_EMULATED] = {NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, form##_emulated)},               \
+    }
+#endif
+typedef void (*product_tile_fn)(int64_t k, const product_word *const *a, const product_word *panel,
+                                float *c, PRODUCT_tile_ARGS);
+typedef void (*product_ahead_fn)(int64_t k, const product_word *const *a, const product_word *panel,
+                                 float *c, PRODUCT_ahead_ARGS);
+static const product_tile_fn product_tile[PM_COMPUTES][PM_MR + 1] = PRODUCT_TABLE(tile);
+static const product_ahead_fn product_ahead[PM_COMPUTES][PM_MR + 1] = PRODUCT_TABLE(ahead);
 
 /* m rows in near-equal slices of at most PM_MR, so that no slice is a thin remainder. */
 static inline int64_t product_slices(int64_t m) { return (m + PM_MR - 1) / PM_MR; }
@@ -223,21 +350,22 @@ static inline int64_t product_cut(int64_t m, int64_t slices, int64_t i) { return
 typedef void (*product_finish)(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                float *tile);
 
-/* One task's share of A.B: m rows (m <= a few PM_ROWS; a[i] points to k floats), panels p0..p1-1 of
- * the n-column packed operand. */
-static inline void product_block(int64_t m, const float *const *a, int64_t k, int64_t n,
-                                 const float *panels, int64_t p0, int64_t p1, product_finish finish,
-                                 void *arg)
+/* One task's share of A.B: m rows (m <= a few PM_ROWS; a[i] is a left operand of k numbers), panels
+ * p0..p1-1 of the n-column packed operand. */
+static inline void product_block(pm_compute kind, int64_t m, const product_word *const *a,
+                                 int64_t k, int64_t n, const product_word *panels, int64_t p0,
+                                 int64_t p1, product_finish finish, void *arg)
 {
     float tile[PM_MR * PM_NR] __attribute__((aligned(64)));
-    int64_t slices = product_slices(m), bytes = k * PM_NR * (int64_t)sizeof(float);
-    int64_t step = pm_max(1, pm_blocks(PM_NR * (int64_t)sizeof(float), pm_max(1, slices)));
+    const int64_t words = product_words(kind, k), slices = product_slices(m);
+    const int64_t line = PM_NR * (int64_t)sizeof(product_word), bytes = words * line;
+    const int64_t step = pm_max(1, pm_blocks(line, pm_max(1, slices)));
     for (int64_t p = p0; p < p1; p++) {
-        const float *panel = panels + p * PM_NR * k;
+        const product_word *panel = panels + p * PM_NR * words;
         const char *next = (const char *)panel + (p + 1 < p1 ? bytes : 0);
         for (int64_t s = 0; s < slices; s++) {
             int64_t row = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - row;
-            product_ahead[rows](k, a + row, panel, tile, next + s * step * k, step);
+            product_ahead[kind][rows](words, a + row, panel, tile, next + s * step * words, step);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
     }

@@ -122,7 +122,8 @@ static size_t prototypical_routing_workspace(const pm_ctx *ctx,
 {
     if (backward)
         return prototypical_routing_backward_workspace(ctx, g);
-    return pm_round64((size_t)product_packed(g->E, g->D) * 4) + pm_round64((size_t)g->E * 4);
+    return pm_round64((size_t)product_packed(PM_FP32, g->E, g->D) * 4) +
+           pm_round64((size_t)g->E * 4);
 }
 
 /* Norms and panel of the PM_NR prototypes of one panel. */
@@ -138,7 +139,7 @@ static void prototypical_routing_pack(void *arg, int64_t task, int worker)
         if (g->pnorm)
             g->pnorm[i] = norm;
     }
-    product_pack_rows(n, D, g->proto + first * D, D, j->panels + first * D);
+    product_pack_rows(PM_FP32, n, D, g->proto + first * D, D, j->panels + first * D);
 }
 
 /* z = a b <x, p> on a finished tile. */
@@ -179,7 +180,8 @@ static void prototypical_routing_tokens(void *arg, int64_t task, int worker)
             g->xnorm[t.rows[r]] = norm;
     }
     if (m)
-        product_block(m, x, D, E, j->panels, 0, product_panels(E), prototypical_routing_scale, &t);
+        product_block(PM_FP32, m, x, D, E, j->panels, 0, product_panels(E),
+                      prototypical_routing_scale, &t);
 }
 
 static pm_status prototypical_routing_forward(pm_ctx *ctx, const pm_prototypical_routing_args *g,
@@ -189,7 +191,7 @@ static pm_status prototypical_routing_forward(pm_ctx *ctx, const pm_prototypical
         return pm_fail(ctx, PM_EINVAL, "prototypical_routing: N is %lld, at most 2^31 - 1 tokens",
                        (long long)g->N);
     prototypical_routing_job j = {.g = g};
-    j.panels = pm_take(&scratch, (size_t)product_packed(g->E, g->D) * 4);
+    j.panels = pm_take(&scratch, (size_t)product_packed(PM_FP32, g->E, g->D) * 4);
     j.b = pm_take(&scratch, (size_t)g->E * 4);
     pm_parallel(ctx->pool, product_panels(g->E), prototypical_routing_pack, &j);
     pm_parallel(ctx->pool, pm_blocks(g->N, PM_ROWS), prototypical_routing_tokens, &j);
@@ -228,7 +230,8 @@ static size_t prototypical_routing_worker_bytes(const pm_prototypical_routing_ar
 static size_t prototypical_routing_backward_workspace(const pm_ctx *ctx,
                                                       const pm_prototypical_routing_args *g)
 {
-    return pm_round64((size_t)product_packed(g->D, g->E) * 4) + pm_round64((size_t)g->E * 4) +
+    return pm_round64((size_t)product_packed(PM_FP32, g->D, g->E) * 4) +
+           pm_round64((size_t)g->E * 4) +
            pm_round64((size_t)(cosine_slots(g->N, g->E) * g->E * g->D) * 4) +
            (size_t)pm_pool_threads(ctx->pool) * prototypical_routing_worker_bytes(g);
 }
@@ -256,8 +259,8 @@ static void prototypical_routing_back_dx(const prototypical_routing_back_job *j,
 {
     int64_t D = j->g->D;
     prototypical_routing_q to = {q, product_panels(D) * PM_NR};
-    product_block(m, c, j->g->E, D, j->panels, 0, product_panels(D), prototypical_routing_put_q,
-                  &to);
+    product_block(PM_FP32, m, c, j->g->E, D, j->panels, 0, product_panels(D),
+                  prototypical_routing_put_q, &to);
     for (int64_t r = 0; r < m; r++, q += to.ld) {
         const float *x = j->g->x + rows[r] * D;
         float *dx = j->d->dx + rows[r] * D;
@@ -330,7 +333,7 @@ static pm_status prototypical_routing_backward(pm_ctx *ctx, const pm_prototypica
     if (!g->N)
         return PM_OK;
     prototypical_routing_back_job j = {.g = g, .d = d};
-    j.panels = pm_take(&scratch, (size_t)product_packed(D, E) * 4);
+    j.panels = pm_take(&scratch, (size_t)product_packed(PM_FP32, D, E) * 4);
     j.b = pm_take(&scratch, (size_t)E * 4);
     j.partial = pm_take(&scratch, (size_t)(cosine_slots(g->N, E) * E * D) * 4);
     j.worker_bytes = prototypical_routing_worker_bytes(g);
@@ -338,7 +341,7 @@ static pm_status prototypical_routing_backward(pm_ctx *ctx, const pm_prototypica
     for (int64_t i = 0; i < E; i++)
         j.b[i] = cosine_inverse(g->pnorm[i]);
     if (d->dx)
-        product_pack_cols(D, E, g->proto, D, j.panels);
+        product_pack_cols(PM_FP32, D, E, g->proto, D, j.panels);
     pm_parallel(ctx->pool, cosine_slots(g->N, E), prototypical_routing_back_tokens, &j);
     if (d->dproto)
         pm_parallel(ctx->pool, E, prototypical_routing_back_proto, &j);

@@ -7,6 +7,13 @@
 #error "include cpu/level.h"
 #endif
 
+/* The level has the instructions of AVX512_BF16 (a CPU of the level may still lack them). */
+#if PM_WIDTH == 16 && defined(__AVX512BF16__)
+#define PM_HAS_BF16 1
+#else
+#define PM_HAS_BF16 0
+#endif
+
 typedef float vf __attribute__((vector_size(4 * PM_WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * PM_WIDTH)));
 typedef float vf_loose __attribute__((vector_size(4 * PM_WIDTH), aligned(4), may_alias));
@@ -123,6 +130,70 @@ static inline vf v_keep(vf x, int64_t left)
     v_store(t, x);
     return v_load_n(t, left);
 }
+
+/* ---------------------------------------------------------------- bf16
+ *
+ * Rounded to nearest even; denormals become zero and a NaN stays one, as the instructions of
+ * AVX512_BF16 do it. Where a function takes `native`, it may only be true on a CPU that has them
+ * (PM_BF16); both ways give the same bits. */
+
+typedef int16_t vs __attribute__((vector_size(2 * PM_WIDTH)));
+typedef int16_t vs_loose __attribute__((vector_size(2 * PM_WIDTH), aligned(1), may_alias));
+
+/* bf16 in the low half of each lane; the high half is zero. */
+static inline vi v_round_bf16(vf x)
+{
+    const vi bits = (vi)x, size = bits & 0x7fffffff;
+    const vi odd = (bits >> 16) & 1, rounded = ((bits + 0x7fff + odd) >> 16) & 0xffff;
+    const vi sign = (bits >> 16) & 0x8000, quiet = ((bits >> 16) & 0xffff) | 0x40;
+    const vi nan = size > 0x7f800000, tiny = size < 0x00800000;
+    return (nan & quiet) | (~nan & ((tiny & sign) | (~tiny & rounded)));
+}
+
+/* Pairs: low in the low half, high in the high half of each lane. As a float, to be moved. */
+static inline vf v_pairs(bool native, vf low, vf high)
+{
+#if PM_HAS_BF16
+    if (native) {
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25,
+                                               9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
+                                               17, 1, 16, 0);
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        return (vf)_mm512_permutexvar_epi16(order, both);
+    }
+#endif
+    (void)native;
+    return (vf)(v_round_bf16(low) | (v_round_bf16(high) << 16));
+}
+
+/* Stores PM_WIDTH bf16 at to. */
+static inline void v_store_bf16(bool native, void *to, vf x)
+{
+#if PM_HAS_BF16
+    if (native) {
+        _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+        return;
+    }
+#endif
+    (void)native;
+    *(vs_loose *)to = __builtin_convertvector(v_round_bf16(x), vs);
+}
+
+/* c + the high products + the low ones, of pairs: the odd ones first, each added by itself. */
+#if PM_HAS_BF16
+static inline vf v_dot(vf a, vf b, vf c)
+{
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+static inline vf v_dot_emulated(vf a, vf b, vf c)
+{
+    const vi high = (vi){0} - 0x10000; /* 0xffff0000 */
+    c = v_fma((vf)((vi)a & high), (vf)((vi)b & high), c);
+    return v_fma((vf)((vi)a << 16), (vf)((vi)b << 16), c);
+}
+
+/* ---------------------------------------------------------------- across lanes */
 
 /* Transposes PM_WIDTH x PM_WIDTH in registers: log2(PM_WIDTH) perfect shuffles. */
 #if PM_WIDTH == 16

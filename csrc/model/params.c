@@ -13,7 +13,7 @@
 
 struct pm_walk {
     const pm_config *cfg;
-    const pm_backend *backend;
+    const pm_ctx *ctx;
     char prefix[32];        /* "blocks.3." */
     int64_t cursor[2];      /* next free element of each kind; the frozen ones start behind */
     int64_t derived;        /* next free byte of the derived slab */
@@ -71,7 +71,7 @@ static pm_matrix derive(pm_walk *w, int64_t at, int64_t F, int64_t D)
     if (w->matrices)
         w->matrices[w->matrix_count] = (pm_derivation){F, D, place};
     w->matrix_count++;
-    w->derived += (int64_t)w->backend->derived_bytes(F, D);
+    w->derived += (int64_t)w->ctx->backend->derived_bytes(w->ctx, F, D);
     return place;
 }
 
@@ -195,7 +195,7 @@ static void walk_model(pm_walk *w, pm_layout *layout)
 /* The frozen tensors lie behind the trained ones, whose total only a walk tells. */
 static pm_walk count_model(pm_ctx *ctx, const pm_config *cfg)
 {
-    pm_walk count = {.cfg = cfg, .backend = ctx->backend};
+    pm_walk count = {.cfg = cfg, .ctx = ctx};
     pm_layout unused = {0};
     walk_model(&count, &unused);
     return count;
@@ -204,7 +204,7 @@ static pm_walk count_model(pm_ctx *ctx, const pm_config *cfg)
 pm_status pm_visit_params(pm_ctx *ctx, const pm_config *cfg, pm_param_visitor visit, void *arg)
 {
     const pm_walk count = count_model(ctx, cfg);
-    pm_walk walk = {.cfg = cfg, .backend = ctx->backend, .visit = visit, .arg = arg};
+    pm_walk walk = {.cfg = cfg, .ctx = ctx, .visit = visit, .arg = arg};
     walk.cursor[PM_FROZEN] = count.cursor[PM_TRAIN];
     pm_layout unused = {0};
     walk_model(&walk, &unused);
@@ -221,7 +221,7 @@ pm_status pm_layout_make(pm_ctx *ctx, const pm_config *cfg, pm_layout *layout)
         pm_layout_free(cfg, layout);
         return pm_fail(ctx, PM_ENOMEM, "no memory for the layout of the model");
     }
-    pm_walk walk = {.cfg = cfg, .backend = ctx->backend, .matrices = layout->matrices};
+    pm_walk walk = {.cfg = cfg, .ctx = ctx, .matrices = layout->matrices};
     walk.cursor[PM_FROZEN] = count.cursor[PM_TRAIN];
     walk_model(&walk, layout);
     layout->train = walk.cursor[PM_TRAIN];

@@ -182,21 +182,25 @@ static PyObject *config_index(PyObject *module, PyObject *dict)
 
 /* ---------------------------------------------------------------- memory */
 
-PyDoc_STRVAR(memory_doc, "_memory_estimate($module, config, batch, training, /)\n--\n\n"
+PyDoc_STRVAR(memory_doc, "_memory_estimate($module, config, batch, training, compute, /)\n--\n\n"
                          "Bytes per part, before anything is allocated.");
 
 static PyObject *memory_estimate(PyObject *module, PyObject *args)
 {
     pm_config config;
     long long B;
+    const char *compute;
     PyObject *dict, *flag;
-    if (!PyArg_ParseTuple(args, "OLO:_memory_estimate", &dict, &B, &flag) ||
+    if (!PyArg_ParseTuple(args, "OLOs:_memory_estimate", &dict, &B, &flag, &compute) ||
         config_read(dict, &config) < 0)
+        return NULL;
+    const pm_backend *backend = core_find_backend(module, "memory_estimate", "cpu", compute);
+    if (!backend)
         return NULL;
     const int training = PyObject_IsTrue(flag);
     if (training < 0)
         return NULL;
-    pm_ctx ctx = {.backend = core_get_state(module)->backend};
+    pm_ctx ctx = {.backend = backend};
     pm_memory memory = {0};
     core_section section;
     if (core_enter(&section, &ctx) < 0)

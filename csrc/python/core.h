@@ -21,6 +21,10 @@ typedef struct {
 
 core_state *core_get_state(PyObject *module);
 
+/* The backend of a device and a compute type; NULL, with a ValueError of `who`, when there is none. */
+const pm_backend *core_find_backend(PyObject *module, const char *who, const char *device,
+                                    const char *compute);
+
 /* A stretch of C without the GIL. One runs at a time in the process, because all share the pool:
  *
  *     core_section section;

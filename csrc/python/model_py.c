@@ -124,31 +124,19 @@ static PyArrayObject *new_images(const pm_config *c, int64_t B, int64_t channels
 
 /* ---------------------------------------------------------------- making and closing */
 
-static const pm_backend *find_backend(PyObject *module, const char *device)
-{
-    const pm_backend *cpu = core_get_state(module)->backend;
-    if (!strcmp(device, "cpu"))
-        return cpu;
-    if (!strcmp(device, "cpu-guard"))
-        return pm_guard_backend(cpu);
-    PyErr_Format(PyExc_ValueError, "Model: device = '%s' is not there: this build has 'cpu'",
-                 device);
-    return NULL;
-}
-
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     PyObject *dict;
     long long seed;
-    const char *device;
+    const char *device, *compute;
     if (keywords && PyDict_GET_SIZE(keywords)) {
         PyErr_SetString(PyExc_TypeError, "_Model takes no keywords");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "OLs:_Model", &dict, &seed, &device))
+    if (!PyArg_ParseTuple(args, "OLss:_Model", &dict, &seed, &device, &compute))
         return NULL;
     pm_config config;
-    const pm_backend *backend = find_backend(PyType_GetModule(type), device);
+    const pm_backend *backend = core_find_backend(PyType_GetModule(type), "Model", device, compute);
     if (!backend || config_read(dict, &config) < 0)
         return NULL;
     Model *self = (Model *)type->tp_alloc(type, 0);

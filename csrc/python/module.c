@@ -143,6 +143,40 @@ static PyObject *get_num_threads(PyObject *Py_UNUSED(module), PyObject *Py_UNUSE
 
 /* ---------------------------------------------------------------- the backend */
 
+static int compute_of(const char *name)
+{
+    static const char *const names[PM_COMPUTES] = {PM_COMPUTE_NAMES};
+    int i = 0;
+    while (i < PM_COMPUTES && strcmp(names[i], name))
+        i++;
+    return i < PM_COMPUTES ? i : -1;
+}
+
+const pm_backend *core_find_backend(PyObject *module, const char *who, const char *device,
+                                    const char *compute)
+{
+    char message[512];
+    const int kind = compute_of(compute);
+    if (kind < 0) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: compute = '%s' is not there: one of 'fp32', 'bf16', 'bf16-emulated'", who,
+                     compute);
+        return NULL;
+    }
+    const pm_backend *const level = core_get_state(module)->backend;
+    const bool guard = !strcmp(device, "cpu-guard");
+    if (!guard && strcmp(device, "cpu")) {
+        PyErr_Format(PyExc_ValueError, "%s: device = '%s' is not there: this build has 'cpu'", who,
+                     device);
+        return NULL;
+    }
+    const pm_backend *const cpu =
+        pm_cpu_backend(level->level, (pm_compute)kind, message, sizeof message);
+    if (!cpu)
+        PyErr_Format(PyExc_ValueError, "%s: %s", who, message);
+    return cpu && guard ? pm_guard_backend(cpu) : cpu;
+}
+
 PyDoc_STRVAR(backend_info_doc, "backend_info($module, /)\n--\n\n"
                                "What promoe computes on.\n\n"
                                "Returns\n-------\n"
@@ -168,7 +202,7 @@ static PyObject *levels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     char message[256];
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < sizeof names / sizeof *names; i++) {
-        if (!pm_cpu_backend(names[i], message, sizeof message))
+        if (!pm_cpu_backend(names[i], PM_FP32, message, sizeof message))
             continue;
         PyObject *name = PyUnicode_FromString(names[i]);
         if (!name || PyList_Append(list, name) < 0)
@@ -228,7 +262,7 @@ static int core_exec(PyObject *module)
     import_array1(-1);
     core_state *state = PyModule_GetState(module);
     char message[256] = "";
-    state->backend = pm_cpu_backend(NULL, message, sizeof message);
+    state->backend = pm_cpu_backend(NULL, PM_FP32, message, sizeof message);
     if (!state->backend || pm_default_threads_checked(message, sizeof message) < 0) {
         PyErr_SetString(PyExc_ImportError, message);
         return -1;
