@@ -642,7 +642,8 @@ static PyGetSetDef attributes[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-PyDoc_STRVAR(model_doc, "_Model(config, seed, device, /)\n--\n\nThe model behind promoe.Model.");
+PyDoc_STRVAR(model_doc,
+             "_Model(config, seed, device, compute, /)\n--\n\nThe model behind promoe.Model.");
 
 static PyType_Slot type_slots[] = {
     {Py_tp_doc, (void *)model_doc}, {Py_tp_new, model_new},     {Py_tp_dealloc, model_dealloc},

@@ -181,14 +181,20 @@ PyDoc_STRVAR(backend_info_doc, "backend_info($module, /)\n--\n\n"
                                "What promoe computes on.\n\n"
                                "Returns\n-------\n"
                                "dict\n    device ('cpu'), level (the instruction set: 'generic', "
-                               "'avx2' or 'avx512'), threads, and cpu\n"
-                               "    (the model's name).");
+                               "'avx2' or 'avx512'), computes (what products\n"
+                               "    can multiply here: 'fp32', 'bf16', 'bf16-emulated'), threads, "
+                               "and cpu (the model's name).");
 
 static PyObject *backend_info(PyObject *module, PyObject *Py_UNUSED(none))
 {
+    static const char *const names[PM_COMPUTES] = {PM_COMPUTE_NAMES};
     const pm_backend *backend = core_get_state(module)->backend;
-    return Py_BuildValue("{s:s, s:s, s:i, s:s}", "device", backend->name, "level", backend->level,
-                         "threads", current_threads(), "cpu", pm_cpu_model());
+    const bool bf16 = pm_cpu_backend(backend->level, PM_BF16, (char[512]){0}, 512);
+    PyObject *computes = bf16 ? Py_BuildValue("(sss)", names[0], names[1], names[2])
+                              : Py_BuildValue("(ss)", names[0], names[2]);
+    return Py_BuildValue("{s:s, s:s, s:N, s:i, s:s}", "device", backend->name, "level",
+                         backend->level, "computes", computes, "threads", current_threads(), "cpu",
+                         pm_cpu_model());
 }
 
 PyDoc_STRVAR(levels_doc,
