@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(
     glob("csrc/base/*.c")
-    + ["csrc/cpu/backend.c", "csrc/cpu/guard.c"]
+    + ["csrc/backends.c", "csrc/cpu/backend.c", "csrc/cpu/guard.c"]
     + glob("csrc/cpu/levels/*.c")  # these include cpu/<op>.c, once per instruction-set level
     + glob("csrc/model/*.c")
     + glob("csrc/python/*.c")
@@ -69,7 +69,7 @@ setup(
                 "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
                 "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-psabi",
             ] + os.environ.get("PROMOE_CFLAGS", "").split(),
-            extra_link_args=["-pthread", "-lm"] + os.environ.get("PROMOE_LDFLAGS", "").split(),
+            extra_link_args=["-pthread", "-lm", "-ldl"] + os.environ.get("PROMOE_LDFLAGS", "").split(),
         )
     ],
     cmdclass={"build_ext": ParallelBuild},

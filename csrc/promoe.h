@@ -55,14 +55,23 @@ typedef struct {
     const void *derived;
 } pm_weight;
 
+/* A number of an activation in memory is what the backend says: a float on a CPU, a float or a bf16
+ * on a GPU (act_bytes below). So only a backend knows the type, and defines PM_ACT before it includes
+ * this header; to everyone else it is incomplete, and arithmetic on a pointer to it does not compile.
+ * The streams, statistics, scores, losses, parameters and their gradients are f32 everywhere. */
+#ifndef PM_ACT
+typedef struct pm_act pm_act;
+#define PM_ACT pm_act
+#endif
+
 /* What the type classes of a field list are in C. */
-#define PM_CTYPE_act float /* activations: the compute type (f32 today) */
+#define PM_CTYPE_act PM_ACT
 #define PM_CTYPE_f32 float
 #define PM_CTYPE_f64 double
 #define PM_CTYPE_i32 int32_t
 #define PM_CTYPE_i64 int64_t
 
-#define PM_IN_act const float *
+#define PM_IN_act const PM_ACT *
 #define PM_IN_f32 const float *
 #define PM_IN_f64 const double *
 #define PM_IN_i32 const int32_t *
@@ -98,26 +107,31 @@ typedef struct {
 #define PM_ARGS_REAL(name, value) double name;
 #define PM_ARGS_ENUM(name, words, value) int name;
 
+/* What their gradients are: those of activations are activations, all others f32. */
+#define PM_DTYPE_act PM_ACT
+#define PM_DTYPE_f32 float
+#define PM_DTYPE_weight float
+
 /* The gradients: dx for each input x with SET or ADD (NULL: not wanted), and dy for each output y
  * with GRAD or MAYBE (read). */
 #define PM_GRADS_FIELD(kind, ...) PM_GRADS_##kind(__VA_ARGS__)
 #define PM_GRADS_DIM(name)
 #define PM_GRADS_LD(name, dense)
-#define PM_GRADS_IN(name, type, shape, grad) PM_GRADS_IN_##grad(name)
-#define PM_GRADS_OPT(name, type, shape, grad) PM_GRADS_IN_##grad(name)
-#define PM_GRADS_OUT(name, type, shape, grad) PM_GRADS_OUT_##grad(name)
+#define PM_GRADS_IN(name, type, shape, grad) PM_GRADS_IN_##grad(name, type)
+#define PM_GRADS_OPT(name, type, shape, grad) PM_GRADS_IN_##grad(name, type)
+#define PM_GRADS_OUT(name, type, shape, grad) PM_GRADS_OUT_##grad(name, type)
 #define PM_GRADS_SAVED(name, type, shape)
 #define PM_GRADS_INOUT(name, type, shape)
 #define PM_GRADS_INOPT(name, type, shape)
 #define PM_GRADS_INT(name, value)
 #define PM_GRADS_REAL(name, value)
 #define PM_GRADS_ENUM(name, words, value)
-#define PM_GRADS_IN_SET(name) float *d##name;
-#define PM_GRADS_IN_ADD(name) float *d##name;
-#define PM_GRADS_IN_NONE(name)
-#define PM_GRADS_OUT_GRAD(name) const float *d##name;
-#define PM_GRADS_OUT_MAYBE(name) const float *d##name;
-#define PM_GRADS_OUT_NONE(name)
+#define PM_GRADS_IN_SET(name, type) PM_DTYPE_##type *d##name;
+#define PM_GRADS_IN_ADD(name, type) PM_DTYPE_##type *d##name;
+#define PM_GRADS_IN_NONE(name, type)
+#define PM_GRADS_OUT_GRAD(name, type) const PM_DTYPE_##type *d##name;
+#define PM_GRADS_OUT_MAYBE(name, type) const PM_DTYPE_##type *d##name;
+#define PM_GRADS_OUT_NONE(name, type)
 
 #include "ops/all.h" /* every ops/<op>.h: the contracts and field lists */
 
@@ -153,7 +167,8 @@ struct pm_backend {
     const char *name;  /* "cpu" */
     const char *level; /* instruction set: "generic", "avx2", "avx512" */
     pm_compute compute;
-    bool host; /* its memory is host memory that callers may look at between calls */
+    bool host;        /* its memory is host memory that callers may look at between calls */
+    size_t act_bytes; /* of a number of an activation: 4 (float), or 2 (bf16; not a host's) */
 
     void *(*alloc)(pm_ctx *ctx, size_t bytes); /* zeroed, aligned to 64; NULL when out of memory */
     void (*free)(pm_ctx *ctx, void *memory, size_t bytes);
@@ -186,6 +201,11 @@ struct pm_backend {
  * cannot compute so. */
 const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *message,
                                  size_t message_bytes);
+
+/* The backend of a device ("cpu", "cuda"); cpu_level as above. NULL, with a message that says why
+ * there is none and what to do (backends.c). */
+const pm_backend *pm_find_backend(const char *device, pm_compute compute, const char *cpu_level,
+                                  char *message, size_t message_bytes);
 
 /* The same in memory that cannot be touched outside ops: for tests (cpu/guard.c). */
 const pm_backend *pm_guard_backend(const pm_backend *cpu);

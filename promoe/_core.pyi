@@ -48,6 +48,7 @@ class _Model:
 # --- the ops, by python -m tests.binding.stubs
 def gaussian_noise_forward(
     key: I64, *, x: F32 | None = None, B: int | None = None, M: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def rectified_flow_forward(
     x0: F32, y: I64, key: I64, *, xt: F32 | None = None, target: F32 | None = None,
@@ -55,57 +56,61 @@ def rectified_flow_forward(
     density: Literal["logit_normal", "uniform", "mode"] = "logit_normal", logit_mean: float = 0.0,
     logit_std: float = 1.0, sigmoid_scale: float = 1.0, shift: float = 1.0,
     drop_prob: float = 0.1, null_label: int = 1000, B: int | None = None, C: int | None = None,
-    V: int | None = None,
+    V: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def patch_embed_forward(
     x: F32, weight: F32, bias: F32, pos: F32 | None = None, *, y: F32 | None = None, s0: int = 1,
     s1: int = 1, s2: int = 1, p0: int = 1, p1: int = 1, p2: int = 1, B: int | None = None,
     C: int | None = None, V: int | None = None, T: int | None = None, P: int | None = None,
-    D: int | None = None,
+    D: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def patch_embed_backward(
     x: F32, weight: F32, bias: F32, pos: F32 | None = None, *, y: F32 | None = None, dy: F32,
     dx: F32 | None = None, dweight: F32 | None = None, dbias: F32 | None = None,
     dpos: F32 | None = None, s0: int = 1, s1: int = 1, s2: int = 1, p0: int = 1, p1: int = 1,
     p2: int = 1, B: int | None = None, C: int | None = None, V: int | None = None,
-    T: int | None = None, P: int | None = None, D: int | None = None,
+    T: int | None = None, P: int | None = None, D: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def timestep_embedding_forward(
     t: F32, *, e: F32 | None = None, max_period: float = 10000.0, B: int | None = None,
-    F: int | None = None,
+    F: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def linear_forward(
     x: F32, weight: F32, bias: F32 | None = None, *, y: F32 | None = None, pre: F32 | None = None,
     activation: Literal["none", "silu", "gelu_tanh"] = "none", dx_add: int = 0,
-    N: int | None = None, D: int | None = None, F: int | None = None,
+    N: int | None = None, D: int | None = None, F: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def linear_backward(
     x: F32, weight: F32, bias: F32 | None = None, *, y: F32 | None = None, pre: F32 | None = None,
     dy: F32, dx: F32 | None = None, dweight: F32 | None = None, dbias: F32 | None = None,
     activation: Literal["none", "silu", "gelu_tanh"] = "none", dx_add: int = 0,
-    N: int | None = None, D: int | None = None, F: int | None = None,
+    N: int | None = None, D: int | None = None, F: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def label_embedding_forward(
     y: I64, table: F32, add: F32 | None = None, *, c: F32 | None = None, B: int | None = None,
-    Y: int | None = None, D: int | None = None,
+    Y: int | None = None, D: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def label_embedding_backward(
     y: I64, table: F32, add: F32 | None = None, *, c: F32 | None = None, dc: F32,
     dtable: F32 | None = None, dadd: F32 | None = None, B: int | None = None,
-    Y: int | None = None, D: int | None = None,
+    Y: int | None = None, D: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def silu_forward(
     x: F32, *, y: F32 | None = None, N: int | None = None, D: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def silu_backward(
     x: F32, *, y: F32 | None = None, dy: F32, dx: F32 | None = None, N: int | None = None,
-    D: int | None = None,
+    D: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def residual_layernorm_modulate_forward(
     x: F32, branch: F32 | None = None, gate: F32 | None = None, shift: F32 | None = None,
     scale: F32 | None = None, *, xo: F32 | None = None, y: F32 | None = None,
     mean: F32 | None = None, rstd: F32 | None = None, eps: float = 1e-06, B: int | None = None,
-    T: int | None = None, D: int | None = None,
+    T: int | None = None, D: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def residual_layernorm_modulate_backward(
     x: F32, branch: F32 | None = None, gate: F32 | None = None, shift: F32 | None = None,
@@ -113,86 +118,91 @@ def residual_layernorm_modulate_backward(
     rstd: F32, dxo: F32 | None = None, dy: F32, dx: F32 | None = None, dbranch: F32 | None = None,
     dgate: F32 | None = None, dshift: F32 | None = None, dscale: F32 | None = None,
     eps: float = 1e-06, B: int | None = None, T: int | None = None, D: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def attention_forward(
     qkv: F32, q_weight: F32 | None = None, q_bias: F32 | None = None, k_weight: F32 | None = None,
     k_bias: F32 | None = None, *, y: F32 | None = None, lse: F32 | None = None,
     eps: float = 1e-05, B: int | None = None, T: int | None = None, H: int | None = None,
-    K: int | None = None,
+    K: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def attention_backward(
     qkv: F32, q_weight: F32 | None = None, q_bias: F32 | None = None, k_weight: F32 | None = None,
     k_bias: F32 | None = None, *, y: F32, lse: F32, dy: F32, dqkv: F32 | None = None,
     dq_weight: F32 | None = None, dq_bias: F32 | None = None, dk_weight: F32 | None = None,
     dk_bias: F32 | None = None, eps: float = 1e-05, B: int | None = None, T: int | None = None,
-    H: int | None = None, K: int | None = None,
+    H: int | None = None, K: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def conditional_routing_forward(
     y: I64, *, part: I32 | None = None, null_label: int = 1000, group: int = -1,
-    B: int | None = None, T: int | None = None,
+    B: int | None = None, T: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def prototypical_routing_forward(
     x: F32, proto: F32, part: I32 | None = None, *, z: F32 | None = None,
     xnorm: F32 | None = None, pnorm: F32 | None = None, N: int | None = None,
-    D: int | None = None, E: int | None = None,
+    D: int | None = None, E: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def prototypical_routing_backward(
     x: F32, proto: F32, part: I32 | None = None, *, z: F32, xnorm: F32, pnorm: F32, dz: F32,
     dx: F32 | None = None, dproto: F32 | None = None, N: int | None = None, D: int | None = None,
-    E: int | None = None,
+    E: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def router_gate_forward(
     z: F32, part: I32 | None = None, *, s: F32 | None = None,
     gate: Literal["identity", "sigmoid", "softmax"] = "identity", N: int | None = None,
-    E: int | None = None,
+    E: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def router_gate_backward(
     z: F32, part: I32 | None = None, *, s: F32, ds: F32, dz: F32 | None = None,
     gate: Literal["identity", "sigmoid", "softmax"] = "identity", N: int | None = None,
-    E: int | None = None,
+    E: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def token_choice_forward(
     s: F32, part: I32 | None = None, *, choice: I32 | None = None, weight: F32 | None = None,
-    N: int | None = None, E: int | None = None, A: int | None = None,
+    N: int | None = None, E: int | None = None, A: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def token_choice_backward(
     s: F32, part: I32 | None = None, *, choice: I32, weight: F32 | None = None, dweight: F32,
     ds: F32 | None = None, N: int | None = None, E: int | None = None, A: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def routing_plan_forward(
     choice: I32, weight: F32, *, row_off: I32 | None = None, row_token: I32 | None = None,
     row_weight: F32 | None = None, tok_off: I32 | None = None, tok_row: I32 | None = None,
     choice_row: I32 | None = None, N: int | None = None, A: int | None = None,
-    G: int | None = None,
+    G: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def routing_plan_backward(
     choice: I32, weight: F32, *, row_off: I32 | None = None, row_token: I32 | None = None,
     row_weight: F32 | None = None, tok_off: I32 | None = None, tok_row: I32 | None = None,
     choice_row: I32, drow_weight: F32, dweight: F32 | None = None, N: int | None = None,
-    A: int | None = None, G: int | None = None,
+    A: int | None = None, G: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def routing_contrastive_loss_forward(
     x: F32, proto: F32, choice: I32, *, loss: F32 | None = None, centroid: F32 | None = None,
     count: I32 | None = None, prob: F32 | None = None, assign: Literal["top1", "topk"] = "top1",
     temperature: float = 0.1, weight: float = 1.0, N: int | None = None, D: int | None = None,
-    E: int | None = None, A: int | None = None,
+    E: int | None = None, A: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def routing_contrastive_loss_backward(
     x: F32, proto: F32, choice: I32, *, loss: F32 | None = None, centroid: F32, count: I32,
     prob: F32, dloss: F32, dx: F32 | None = None, dproto: F32 | None = None,
     assign: Literal["top1", "topk"] = "top1", temperature: float = 0.1, weight: float = 1.0,
     N: int | None = None, D: int | None = None, E: int | None = None, A: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def load_balance_loss_forward(
     p: F32, choice: I32, part: I32 | None = None, *, loss: F32 | None = None,
     frac: F32 | None = None, per: Literal["batch", "sequence"] = "batch", weight: float = 0.01,
     B: int | None = None, T: int | None = None, E: int | None = None, A: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def load_balance_loss_backward(
     p: F32, choice: I32, part: I32 | None = None, *, loss: F32 | None = None, frac: F32,
     dloss: F32, dp: F32 | None = None, per: Literal["batch", "sequence"] = "batch",
     weight: float = 0.01, B: int | None = None, T: int | None = None, E: int | None = None,
-    A: int | None = None,
+    A: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def experts_forward(
     x: F32, row_off: I32 | None = None, row_token: I32 | None = None,
@@ -200,7 +210,8 @@ def experts_forward(
     foff: I32, up: F32, up_bias: F32, down: F32, down_bias: F32, y: F32 | None = None,
     pre: F32 | None = None, pre_shared: F32 | None = None, N: int | None = None,
     D: int | None = None, G: int | None = None, S: int | None = None, F: int | None = None,
-    R: int | None = None, W: int | None = None, Z: int | None = None,
+    R: int | None = None, W: int | None = None, Z: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def experts_backward(
     x: F32, row_off: I32 | None = None, row_token: I32 | None = None,
@@ -210,35 +221,40 @@ def experts_backward(
     dup: F32 | None = None, dup_bias: F32 | None = None, ddown: F32 | None = None,
     ddown_bias: F32 | None = None, N: int | None = None, D: int | None = None,
     G: int | None = None, S: int | None = None, F: int | None = None, R: int | None = None,
-    W: int | None = None, Z: int | None = None,
+    W: int | None = None, Z: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def unpatchify_forward(
     x: F32, *, y: F32 | None = None, s0: int = 1, s1: int = 1, s2: int = 1, p0: int = 1,
     p1: int = 1, p2: int = 1, B: int | None = None, T: int | None = None, P: int | None = None,
-    C: int | None = None, V: int | None = None,
+    C: int | None = None, V: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def unpatchify_backward(
     x: F32, *, y: F32 | None = None, dy: F32, dx: F32 | None = None, s0: int = 1, s1: int = 1,
     s2: int = 1, p0: int = 1, p1: int = 1, p2: int = 1, B: int | None = None,
     T: int | None = None, P: int | None = None, C: int | None = None, V: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def mse_loss_forward(
     pred: F32, target: F32, *, loss: F32 | None = None, B: int | None = None,
-    M: int | None = None, C: int | None = None, V: int | None = None,
+    M: int | None = None, C: int | None = None, V: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def mse_loss_backward(
     pred: F32, target: F32, *, loss: F32 | None = None, dloss: F32, dpred: F32 | None = None,
     B: int | None = None, M: int | None = None, C: int | None = None, V: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def grad_norm_forward(
-    g: F32, *, norm: F64 | None = None, M: int | None = None,
+    g: F32, *, norm: F64 | None = None, M: int | None = None, device: str = "cpu",
+    compute: str = "fp32",
 ) -> Arrays: ...
 def adamw_forward(
     hyper: F64, norm: F64, grad: F32, param: F32, m: F32, v: F32, avg: F32 | None = None, *,
-    M: int | None = None,
+    M: int | None = None, device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def euler_step_forward(
     x: F32, cond: F32, uncond: F32 | None = None, *, schedule: F64, y: F32 | None = None,
     B: int | None = None, C: int | None = None, M: int | None = None, V: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 # --- the end of the ops

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#define PM_ACT float /* activations in memory, whatever products compute in */
 #include "../base/rng.h"
 #include "../base/threads.h"
 #include "../promoe.h"

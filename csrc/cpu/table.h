@@ -6,6 +6,7 @@ const pm_backend PM_TABLE = {
     .level = PM_TEXT(PM_LEVEL),
     .compute = PM_COMPUTE,
     .host = true,
+    .act_bytes = sizeof(float),
     .alloc = pm_cpu_alloc,
     .free = pm_cpu_free,
     .write = pm_cpu_copy,

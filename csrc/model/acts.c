@@ -3,17 +3,24 @@
 
 typedef struct {
     char *base;
-    size_t used;
+    size_t used, act_bytes;
 } cursor;
 
-/* Room for count numbers of 4 bytes (floats, 32-bit integers), at a multiple of 64 bytes. */
-static void *take(cursor *at, int64_t count)
+static void *take_bytes(cursor *at, size_t bytes)
 {
     void *piece = at->base + at->used;
-    at->used += ((size_t)count * 4 + 63) & ~(size_t)63;
+    at->used += (bytes + 63) & ~(size_t)63;
     return piece;
 }
-static void *take64(cursor *at, int64_t count) { return take(at, 2 * count); }
+
+/* Room for count numbers at a multiple of 64 bytes: of 4 bytes (floats, 32-bit integers), of 8, and
+ * activations. */
+static void *take(cursor *at, int64_t count) { return take_bytes(at, (size_t)count * 4); }
+static void *take64(cursor *at, int64_t count) { return take_bytes(at, (size_t)count * 8); }
+static pm_act *take_act(cursor *at, int64_t count)
+{
+    return take_bytes(at, (size_t)count * at->act_bytes);
+}
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -70,25 +77,25 @@ static void place_training_blocks(const pm_config *c, int64_t B, int64_t N, curs
         pm_block_acts *b = &a->blocks[i];
         const pm_ffn f = pm_ffn_of(c, i);
         *b = (pm_block_acts){0};
-        b->mod = take(at, B * 6 * D);
+        b->mod = take_act(at, B * 6 * D);
         b->x1 = i == 0 ? a->tokens : take(at, N * D);
         b->mean1 = take(at, N);
         b->rstd1 = take(at, N);
-        b->y1 = take(at, N * D);
-        b->qkv = take(at, N * 3 * HK);
+        b->y1 = take_act(at, N * D);
+        b->qkv = take_act(at, N * 3 * HK);
         b->lse = take(at, N * c->heads);
-        b->heads = take(at, N * HK);
-        b->branch1 = take(at, N * D);
+        b->heads = take_act(at, N * HK);
+        b->branch1 = take_act(at, N * D);
         b->x2 = take(at, N * D);
         b->mean2 = take(at, N);
         b->rstd2 = take(at, N);
-        b->y2 = take(at, N * D);
+        b->y2 = take_act(at, N * D);
         if (f.G > 0) {
             place_route(c, B, N, true, at, &none, &b->route);
-            b->pre = take(at, N * c->top_k * f.width);
+            b->pre = take_act(at, N * c->top_k * f.width);
         }
-        b->pre_shared = f.S > 0 ? take(at, N * f.shared) : NULL;
-        b->branch2 = take(at, N * D);
+        b->pre_shared = f.S > 0 ? take_act(at, N * f.shared) : NULL;
+        b->branch2 = take_act(at, N * D);
     }
 }
 
@@ -99,11 +106,11 @@ static void place_inference_blocks(const pm_config *c, int64_t B, int64_t N, cur
 {
     const int64_t D = c->hidden, HK = c->heads * c->head;
     pm_block_acts all = {0};
-    float *const mod[2] = {take(at, B * 6 * D), take(at, B * 6 * D)};
+    pm_act *const mod[2] = {take_act(at, B * 6 * D), take_act(at, B * 6 * D)};
     all.x1 = all.x2 = a->tokens;
-    all.y1 = all.y2 = all.heads = take(at, N * larger(D, HK));
-    all.qkv = take(at, N * 3 * HK);
-    all.branch1 = all.branch2 = take(at, N * D);
+    all.y1 = all.y2 = all.heads = take_act(at, N * larger(D, HK));
+    all.qkv = take_act(at, N * 3 * HK);
+    all.branch1 = all.branch2 = take_act(at, N * D);
     const pm_route_acts route = c->experts > 0 ? place_shared_route(c, N, at) : (pm_route_acts){0};
     for (int64_t i = 0; i < c->depth; i++) {
         a->blocks[i] = all;
@@ -118,14 +125,14 @@ static void place_backward(const pm_config *c, int64_t B, int64_t N, cursor *at,
     const int64_t D = c->hidden, HK = c->heads * c->head,
                   out = c->out_channels * pm_patch_voxels(c);
     a->dout = take(at, B * c->out_channels * pm_voxels(c));
-    a->dpatches = take(at, N * out);
+    a->dpatches = take_act(at, N * out);
     a->dstream = take(at, N * D);
-    a->dbranch = take(at, N * D);
-    a->dy = take(at, N * larger(D, HK));
-    a->dqkv = take(at, N * 3 * HK);
-    a->dmod = take(at, B * 6 * D);
-    a->dmod_next = take(at, B * 6 * D);
-    a->dfinal_mod = take(at, B * 2 * D);
+    a->dbranch = take_act(at, N * D);
+    a->dy = take_act(at, N * larger(D, HK));
+    a->dqkv = take_act(at, N * 3 * HK);
+    a->dmod = take_act(at, B * 6 * D);
+    a->dmod_next = take_act(at, B * 6 * D);
+    a->dfinal_mod = take_act(at, B * 2 * D);
     if (c->experts > 0) {
         a->drow_weight = take(at, N * c->top_k);
         a->dweight = take(at, N * c->top_k);
@@ -133,14 +140,15 @@ static void place_backward(const pm_config *c, int64_t B, int64_t N, cursor *at,
         a->dz = c->gate == PM_GATE_IDENTITY ? a->ds : take(at, N * c->experts);
         a->dp = c->balance_weight != 0 ? take(at, N * c->experts) : NULL;
     }
-    a->dsilu = take(at, B * D);
-    a->dc = take(at, B * D);
-    a->dtime_h = take(at, B * D);
+    a->dsilu = take_act(at, B * D);
+    a->dc = take_act(at, B * D);
+    a->dtime_h = take_act(at, B * D);
 }
 
-size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, char *base, pm_acts *acts)
+size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_bytes, char *base,
+                     pm_acts *acts)
 {
-    cursor at = {base, 0};
+    cursor at = {base, 0, act_bytes};
     const bool train = mode == PM_TRAINING;
     const int64_t D = c->hidden, V = pm_voxels(c), N = B * pm_tokens(c);
     pm_acts a = {.B = B, .N = N, .mode = mode, .blocks = acts->blocks};
@@ -155,12 +163,12 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, char *base, pm
         a.y0 = take64(&at, B);
         a.target = take(&at, B * c->channels * V);
     }
-    a.angles = take(&at, B * PM_TIME_FEATURES);
-    a.time_pre = train ? take(&at, B * D) : NULL;
-    a.time_h = take(&at, B * D);
-    a.time = take(&at, B * D);
-    a.c = take(&at, B * D);
-    a.silu_c = take(&at, B * D);
+    a.angles = take_act(&at, B * PM_TIME_FEATURES);
+    a.time_pre = train ? take_act(&at, B * D) : NULL;
+    a.time_h = take_act(&at, B * D);
+    a.time = take_act(&at, B * D);
+    a.c = take_act(&at, B * D);
+    a.silu_c = take_act(&at, B * D);
     a.part = c->experts > 0 ? take(&at, N) : NULL;
     a.tokens = take(&at, N * D);
     if (train)
@@ -169,12 +177,12 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, char *base, pm
         place_inference_blocks(c, B, N, &at, &a);
 
     const pm_block_acts *last = &a.blocks[c->depth - 1];
-    a.final_mod = take(&at, B * 2 * D);
+    a.final_mod = take_act(&at, B * 2 * D);
     a.final_x = train ? take(&at, N * D) : last->x2;
     a.final_mean = train ? take(&at, N) : NULL;
     a.final_rstd = train ? take(&at, N) : NULL;
-    a.final_y = train ? take(&at, N * D) : last->y2;
-    a.patches = take(&at, N * c->out_channels * pm_patch_voxels(c));
+    a.final_y = train ? take_act(&at, N * D) : last->y2;
+    a.patches = take_act(&at, N * c->out_channels * pm_patch_voxels(c));
     a.out = take(&at, B * c->out_channels * V);
     if (!train)
         a.cond = take(&at, B * c->out_channels * V);

@@ -3,7 +3,8 @@
  * Training keeps what backward reads, per block. Inference keeps nothing: the blocks share one
  * set of buffers, and what only backward needs is NULL. Choices and weights of the router stay
  * per layer in both (they are small, and Model.routing shows them). Everything here is backend
- * memory: no code in model/ looks at what a pointer points to. N = B*T. */
+ * memory: no code in model/ looks at what a pointer points to. A pm_act is a number of the
+ * backend's own size (promoe.h). N = B*T. */
 #ifndef PM_MODEL_ACTS_H
 #define PM_MODEL_ACTS_H
 
@@ -32,20 +33,20 @@ typedef struct {
 /* One block. The residual stream x1 = stream before + gate * branch of the sublayer before; the
  * LayerNorm op that reads the stream does that addition. */
 typedef struct {
-    float *mod;           /* (B, 6 D): shift, scale, gate of attention, then of the FFN */
+    pm_act *mod;          /* (B, 6 D): shift, scale, gate of attention, then of the FFN */
     float *x1;            /* (N, D) the stream that attention reads */
     float *mean1, *rstd1; /* (N) */
-    float *y1;            /* (N, D) modulated */
-    float *qkv;           /* (N, 3 H K) */
+    pm_act *y1;           /* (N, D) modulated */
+    pm_act *qkv;          /* (N, 3 H K) */
     float *lse;           /* (B, H, T) */
-    float *heads;         /* (N, H K) attention before its projection */
-    float *branch1;       /* (N, D) */
+    pm_act *heads;        /* (N, H K) attention before its projection */
+    pm_act *branch1;      /* (N, D) */
     float *x2;            /* (N, D) the stream that the FFN reads */
     float *mean2, *rstd2; /* (N) */
-    float *y2;            /* (N, D) */
-    float *pre;           /* (R, expert width) */
-    float *pre_shared;    /* (N, shared width) */
-    float *branch2;       /* (N, D) */
+    pm_act *y2;           /* (N, D) */
+    pm_act *pre;          /* (R, expert width) */
+    pm_act *pre_shared;   /* (N, shared width) */
+    pm_act *branch2;      /* (N, D) */
     pm_route_acts route;
 } pm_block_acts;
 
@@ -61,40 +62,42 @@ typedef struct {
     int64_t *y;    /* (B) labels */
     float *target; /* (B, C, V) */
 
-    float *angles;            /* (B, 256) */
-    float *time_pre, *time_h; /* (B, D) first time layer: before and after SiLU */
-    float *time;              /* (B, D) time embedding */
-    float *c, *silu_c;        /* (B, D) */
-    int32_t *part;            /* (N) */
-    float *tokens;            /* (N, D) patch embedding: the stream before block 0 */
-    pm_block_acts *blocks;    /* (depth) host memory */
-    float *final_mod;         /* (B, 2 D) */
-    float *final_x;           /* (N, D) the stream at the end */
+    pm_act *angles;            /* (B, 256) */
+    pm_act *time_pre, *time_h; /* (B, D) first time layer: before and after SiLU */
+    pm_act *time;              /* (B, D) time embedding */
+    pm_act *c, *silu_c;        /* (B, D) */
+    int32_t *part;             /* (N) */
+    float *tokens;             /* (N, D) patch embedding: the stream before block 0 */
+    pm_block_acts *blocks;     /* (depth) host memory */
+    pm_act *final_mod;         /* (B, 2 D) */
+    float *final_x;            /* (N, D) the stream at the end */
     float *final_mean, *final_rstd;
-    float *final_y; /* (N, D) */
-    float *patches; /* (N, p p C_out) */
-    float *out;     /* (B, C_out, V) */
+    pm_act *final_y; /* (N, D) */
+    pm_act *patches; /* (N, p p C_out) */
+    float *out;      /* (B, C_out, V) */
 
     /* backward; the gradient buffers are shared by all blocks */
     float *dloss; /* one number: the scale of every loss */
-    float *dout, *dpatches;
+    float *dout;                  /* (B, C_out, V) */
+    pm_act *dpatches;             /* (N, p p C_out) */
     float *dstream;               /* (N, D) of the residual stream */
-    float *dbranch;               /* (N, D) */
-    float *dy;                    /* (N, max(D, H K)) of y1, y2, heads */
-    float *dqkv;                  /* (N, 3 H K) */
-    float *dmod, *dmod_next;      /* (B, 6 D) of this block, and of the block below */
-    float *dfinal_mod;            /* (B, 2 D) */
+    pm_act *dbranch;              /* (N, D) */
+    pm_act *dy;                   /* (N, max(D, H K)) of y1, y2, heads */
+    pm_act *dqkv;                 /* (N, 3 H K) */
+    pm_act *dmod, *dmod_next;     /* (B, 6 D) of this block, and of the block below */
+    pm_act *dfinal_mod;           /* (B, 2 D) */
     float *drow_weight, *dweight; /* (R), (N, A) */
     float *ds, *dp, *dz;          /* (N, E); dz = ds for the identity gate */
-    float *dsilu, *dc, *dtime_h;  /* (B, D) */
+    pm_act *dsilu, *dc, *dtime_h; /* (B, D) */
 
     /* the sampler */
     double *schedule; /* (3) sigma, sigma_next, guidance */
     float *cond;      /* (B, C_out, V) the conditional output, while out is the other one */
 } pm_acts;
 
-/* Places everything from base on and returns the bytes in use. acts->blocks must be there
- * already. */
-size_t pm_acts_place(const pm_config *cfg, int64_t B, pm_mode mode, char *base, pm_acts *acts);
+/* Places everything from base on and returns the bytes in use; an activation takes act_bytes (of the
+ * backend). acts->blocks must be there already. */
+size_t pm_acts_place(const pm_config *cfg, int64_t B, pm_mode mode, size_t act_bytes, char *base,
+                     pm_acts *acts);
 
 #endif

@@ -6,7 +6,10 @@
 /* Columns of the adaLN projection, in the order of the public code. */
 enum { SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2, PARTS };
 
-static float *part(const pm_run *r, float *mod, int which) { return mod + which * r->cfg->hidden; }
+static pm_act *part(const pm_run *r, pm_act *mod, int which)
+{
+    return pm_act_at(r, mod, which * r->cfg->hidden);
+}
 
 /* -------------------------------------------------------------- args: shared by both directions */
 

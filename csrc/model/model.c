@@ -130,9 +130,9 @@ static pm_residual_layernorm_modulate_args final_norm_args(const pm_run *r)
         .mod_ld = FINAL_PARTS * D,
         .x = last->x2,
         .branch = last->branch2,
-        .gate = last->mod + GATE2 * D,
-        .shift = a->final_mod + FINAL_SHIFT * D,
-        .scale = a->final_mod + FINAL_SCALE * D,
+        .gate = pm_act_at(r, last->mod, GATE2 * D),
+        .shift = pm_act_at(r, a->final_mod, FINAL_SHIFT * D),
+        .scale = pm_act_at(r, a->final_mod, FINAL_SCALE * D),
         .xo = a->final_x,
         .y = a->final_y,
         .mean = a->final_mean,
@@ -232,8 +232,8 @@ pm_status pm_network_backward(pm_run *r)
                 .dweight = pm_grad_at(r, p->final.at), .dbias = pm_grad_at(r, p->final_bias));
     /* 10. (x2, branch2, gate2 of the last block; shift, scale) -> final_x, final_y */
     PM_BACKWARD(r, residual_layernorm_modulate, final_norm_args(r), .dy = a.dy, .dx = a.dstream,
-                .dbranch = a.dbranch, .dgate = a.dmod + GATE2 * D,
-                .dshift = a.dfinal_mod + FINAL_SHIFT * D, .dscale = a.dfinal_mod + FINAL_SCALE * D);
+                .dbranch = a.dbranch, .dgate = pm_act_at(r, a.dmod, GATE2 * D),
+                .dshift = pm_act_at(r, a.dfinal_mod, FINAL_SHIFT * D), .dscale = pm_act_at(r, a.dfinal_mod, FINAL_SCALE * D));
     /* 9. final adaln(silu_c) -> final_mod;  dsilu = */
     PM_BACKWARD(r, linear, final_adaln_args(r), .dy = a.dfinal_mod, .dx = a.dsilu,
                 .dweight = pm_grad_at(r, p->final_adaln.at),
@@ -243,7 +243,7 @@ pm_status pm_network_backward(pm_run *r)
     pm_status status = PM_OK;
     for (int64_t i = r->cfg->depth - 1; i >= 0 && status == PM_OK; i--) {
         status = pm_block_backward(r, i);
-        float *const swap = a.dmod;
+        pm_act *const swap = a.dmod;
         a.dmod = a.dmod_next;
         a.dmod_next = swap;
     }

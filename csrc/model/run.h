@@ -55,6 +55,12 @@ static inline float *pm_loss_at(const pm_run *r, int which, int64_t block)
     return r->losses + which + (which == PM_LOSS_MSE ? 0 : 2 * block);
 }
 
+/* The activation at index. */
+static inline pm_act *pm_act_at(const pm_run *r, pm_act *acts, int64_t index)
+{
+    return (pm_act *)((char *)acts + index * (int64_t)r->ctx->backend->act_bytes);
+}
+
 static inline pm_weight pm_weight_at(const pm_run *r, pm_matrix place)
 {
     return (pm_weight){r->weights.param + place.at,

@@ -94,7 +94,7 @@ static pm_run make_run(pm_ctx *ctx, const pm_config *cfg, const pm_layout *layou
 static pm_status measure(pm_ctx *ctx, const pm_config *cfg, const pm_layout *layout, int64_t B,
                          pm_mode mode, pm_acts *acts, size_t *acts_bytes, size_t *scratch_bytes)
 {
-    *acts_bytes = pm_acts_place(cfg, B, mode, nowhere(), acts);
+    *acts_bytes = pm_acts_place(cfg, B, mode, ctx->backend->act_bytes, nowhere(), acts);
     pm_run r = make_run(ctx, cfg, layout, acts);
     r.dry = true;
     r.weights = (pm_weights){(const float *)nowhere(), nowhere()};
@@ -128,7 +128,7 @@ pm_status pm_need_acts(pm_ctx *ctx, pm_model *m, int64_t B, pm_mode mode)
     PM_TRY(measure(ctx, &m->cfg, &m->layout, B, mode, &m->acts, &acts, &scratch));
     m->acts.B = 0; /* the places are made up until the arena is there */
     PM_TRY(pm_need_arena(ctx, m, acts + scratch));
-    pm_acts_place(&m->cfg, B, mode, m->arena, &m->acts);
+    pm_acts_place(&m->cfg, B, mode, ctx->backend->act_bytes, m->arena, &m->acts);
     m->scratch_at = acts;
     m->scratch_bytes = scratch;
     m->threads = threads;

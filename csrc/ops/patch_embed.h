@@ -19,7 +19,7 @@
     X(IN, weight, weight, "D,P", ADD)                                                              \
     X(IN, bias, f32, "D", ADD)                                                                     \
     X(OPT, pos, f32, "T,D", ADD)                                                                   \
-    X(OUT, y, act, "B*T,D", GRAD)                                                                  \
+    X(OUT, y, f32, "B*T,D", GRAD)                                                                  \
     X(INT, s0, 1)                                                                                  \
     X(INT, s1, 1)                                                                                  \
     X(INT, s2, 1)                                                                                  \

@@ -20,12 +20,12 @@
     X(DIM, D)                                                                                      \
     X(LD, gate_ld, D)                                                                              \
     X(LD, mod_ld, D)                                                                               \
-    X(IN, x, act, "B*T,D", SET)                                                                    \
+    X(IN, x, f32, "B*T,D", SET)                                                                    \
     X(OPT, branch, act, "B*T,D", SET)                                                              \
     X(OPT, gate, act, "B,D", SET)                                                                  \
     X(OPT, shift, act, "B,D", SET)                                                                 \
     X(OPT, scale, act, "B,D", SET)                                                                 \
-    X(OUT, xo, act, "B*T,D", MAYBE)                                                                \
+    X(OUT, xo, f32, "B*T,D", MAYBE)                                                                \
     X(OUT, y, act, "B*T,D", GRAD)                                                                  \
     X(SAVED, mean, f32, "B*T")                                                                     \
     X(SAVED, rstd, f32, "B*T")                                                                     \

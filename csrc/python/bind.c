@@ -5,8 +5,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "../base/os.h"
 #include "errors.h"
+#include "place.h"
+#include "shape.h"
 
 bool bind_poison;
 
@@ -17,8 +18,11 @@ typedef struct {
     PyObject *values[2 * BIND_MOST_FIELDS]; /* NULL: not given, or None */
     bool none[2 * BIND_MOST_FIELDS];        /* given as None */
     PyObject *made[2 * BIND_MOST_FIELDS];   /* arrays made here; owned */
+    PyObject *where[2];                     /* device, compute; NULL: not given */
     bind_dims dims;
 } call;
+
+static const char *const WHERE[2] = {"device", "compute"}, *const HERE[2] = {"cpu", "fp32"};
 
 #define FUNCTION(c) (c)->op->name, (c)->backward ? "backward" : "forward"
 
@@ -104,111 +108,6 @@ static const char *slot_name(const call *c, int i, char buffer[64])
 }
 
 /* ---------------------------------------------------------------- shapes */
-
-/* One axis of a shape, seen with the dims known so far: rest + factor * (the one unknown letter). */
-typedef struct {
-    int64_t rest, factor;
-    int unknown; /* letter, or -1 */
-    bool many;   /* more than one unknown letter, or one that is squared */
-    bool overflow;
-} axis;
-
-/* Reads one axis; *text is left behind its comma, or NULL at the end of the shape. */
-static axis axis_read(const char **text, const bind_dims *dims)
-{
-    axis a = {.unknown = -1};
-    const char *p = *text;
-    for (bool more = true; more;) { /* a product of the sum */
-        int64_t product = 1;
-        int letter = -1;
-        for (;;) {
-            int64_t factor = 1;
-            if (*p >= 'A' && *p <= 'Z') {
-                const int l = *p++ - 'A';
-                if (dims->known[l])
-                    factor = dims->value[l];
-                else if (letter >= 0)
-                    a.many = true;
-                else
-                    letter = l;
-            } else {
-                for (factor = 0; *p >= '0' && *p <= '9'; p++)
-                    factor = 10 * factor + (*p - '0');
-            }
-            a.overflow |= __builtin_mul_overflow(product, factor, &product);
-            if (*p != '*')
-                break;
-            p++;
-        }
-        int64_t *sum = letter < 0 ? &a.rest : &a.factor;
-        a.overflow |= __builtin_add_overflow(*sum, product, sum);
-        if (letter >= 0) {
-            a.many |= a.unknown >= 0 && a.unknown != letter;
-            a.unknown = letter;
-        }
-        more = *p == '+';
-        p += more;
-    }
-    *text = *p == ',' ? p + 1 : NULL;
-    return a;
-}
-
-static int shape_axes(const char *text)
-{
-    int axes = 1;
-    for (; *text; text++)
-        axes += *text == ',';
-    return axes;
-}
-
-/* "(N, 3*D)" */
-static void shape_text(const char *text, char *out, size_t bytes)
-{
-    size_t n = 0;
-    const bool one = shape_axes(text) == 1;
-    out[n++] = '(';
-    for (; *text && n + 4 < bytes; text++) {
-        out[n++] = *text;
-        if (*text == ',')
-            out[n++] = ' ';
-    }
-    snprintf(out + n, bytes - n, one ? ",)" : ")");
-}
-
-/* "(4, ?)": the shape with the dims known so far. */
-static void shape_values(const char *text, const bind_dims *dims, char *out, size_t bytes)
-{
-    size_t n = 1;
-    int axes = 0;
-    snprintf(out, bytes, "(");
-    while (text && n < bytes) {
-        const axis a = axis_read(&text, dims);
-        if (a.unknown >= 0 || a.overflow)
-            n += (size_t)snprintf(out + n, bytes - n, "%s?", axes ? ", " : "");
-        else
-            n +=
-                (size_t)snprintf(out + n, bytes - n, "%s%lld", axes ? ", " : "", (long long)a.rest);
-        axes++;
-    }
-    if (n < bytes)
-        snprintf(out + n, bytes - n, axes == 1 ? ",)" : ")");
-}
-
-/* ", where D is 8 by x, N is 4 by y" for the known letters of a shape. */
-static void shape_origins(const char *text, const bind_dims *dims, char *out, size_t bytes)
-{
-    size_t n = 0;
-    bool said[BIND_LETTERS] = {false};
-    *out = 0;
-    for (; *text && n < bytes; text++) {
-        const int l = *text - 'A';
-        if (l < 0 || l >= BIND_LETTERS || said[l] || !dims->known[l])
-            continue;
-        said[l] = true;
-        n += (size_t)snprintf(out + n, bytes - n, "%s%c is %lld by %s", n ? ", " : ", where ",
-                              *text, (long long)dims->value[l], dims->from[l]);
-    }
-}
 
 /* Raises "what was expected; what was given". */
 static int wrong_array(const call *c, int slot, PyObject *type, const char *problem)
@@ -317,6 +216,11 @@ static int unknown_keyword(const call *c, const char *word)
             strcpy(nearest, name);
         }
     }
+    for (int i = 0; i < 2; i++)
+        if (core_distance(word, WHERE[i]) < best) {
+            best = core_distance(word, WHERE[i]);
+            strcpy(nearest, WHERE[i]);
+        }
     PyErr_Format(PyExc_TypeError, "%s_%s: there is no argument '%s'%s%s%s", FUNCTION(c), word,
                  *nearest ? "; did you mean '" : "", nearest, *nearest ? "'?" : "");
     return -1;
@@ -353,9 +257,11 @@ static int read_arguments(call *c, PyObject *const *arguments, Py_ssize_t count,
         if (!word)
             return -1;
         const int slot = slot_of(c, word);
-        if (slot < 0)
+        if (!strcmp(word, WHERE[0]) || !strcmp(word, WHERE[1]))
+            c->where[!strcmp(word, WHERE[1])] = arguments[count + k];
+        else if (slot < 0)
             return unknown_keyword(c, word);
-        if (store(c, slot, arguments[count + k]) < 0)
+        else if (store(c, slot, arguments[count + k]) < 0)
             return -1;
     }
     return 0;
@@ -567,14 +473,15 @@ static int check_arrays(const call *c, const char *args)
     return 0;
 }
 
-/* Writes the pointers that are known now into args and grads. */
-static void point(const call *c, char *args, char *grads)
+/* Writes the pointers that are known now into args and grads: to the arrays, or to where they are
+ * instead. */
+static void point(const call *c, const place *places, char *args, char *grads)
 {
     for (int i = 0; i < 2 * c->op->count; i++) {
         const bind_field *f = &c->op->fields[i % c->op->count];
         if (!c->values[i] || !bind_is_array(f))
             continue;
-        void *data = PyArray_DATA((PyArrayObject *)c->values[i]);
+        void *data = places ? places[i].at : PyArray_DATA((PyArrayObject *)c->values[i]);
         if (i >= c->op->count)
             *(void **)(grads + f->grad_at) = data;
         else if (f->type == BIND_weight)
@@ -697,11 +604,95 @@ static PyObject *result(const call *c)
     return dict;
 }
 
+/* The backend of the keywords device and compute. */
+static const pm_backend *backend_of(const call *c, PyObject *module)
+{
+    const pm_backend *here = core_get_state(module)->backend;
+    const char *words[2];
+    char who[80];
+    for (int i = 0; i < 2; i++) {
+        words[i] = c->where[i] ? NULL : HERE[i];
+        if (c->where[i] && PyUnicode_Check(c->where[i]))
+            words[i] = PyUnicode_AsUTF8(c->where[i]);
+        else if (c->where[i])
+            PyErr_Format(PyExc_TypeError, "%s_%s: %s must be a str; got %.80s %.80R", FUNCTION(c),
+                         WHERE[i], Py_TYPE(c->where[i])->tp_name, c->where[i]);
+        if (!words[i])
+            return NULL;
+    }
+    if (!c->where[0] && !c->where[1])
+        return here;
+    snprintf(who, sizeof who, "%s_%s", FUNCTION(c));
+    return core_find_backend(module, who, words[0], words[1]);
+}
+
+/* ---------------------------------------------------------------- running */
+
 enum { GUARD = 256 }; /* bytes behind the scratch, when it is poisoned */
+
+static pm_status poison(pm_ctx *ctx, char *memory, size_t bytes)
+{
+    char piece[4096];
+    memset(piece, 0xff, sizeof piece);
+    for (size_t at = 0; at < bytes; at += sizeof piece)
+        PM_TRY(ctx->backend->write(ctx, memory + at, piece,
+                                   bytes - at < sizeof piece ? bytes - at : sizeof piece));
+    return PM_OK;
+}
+
+static pm_status check_guard(pm_ctx *ctx, const call *c, const char *guard)
+{
+    unsigned char piece[GUARD];
+    PM_TRY(ctx->backend->read(ctx, piece, guard, GUARD));
+    for (int i = 0; i < GUARD; i++)
+        if (piece[i] != 0xff)
+            return pm_fail(ctx, PM_EINTERNAL, "%s: wrote beyond its workspace", c->op->name);
+    return PM_OK;
+}
+
+static pm_status run_op(pm_ctx *ctx, const call *c, const void *args, const void *grads)
+{
+    const size_t bytes = c->op->workspace(ctx, args, c->backward);
+    const size_t all = bytes + (bind_poison ? GUARD : 0);
+    char *scratch = all ? ctx->backend->alloc(ctx, all) : NULL;
+    if (all && !scratch)
+        return PM_ENOMEM;
+    pm_status status = bind_poison ? poison(ctx, scratch, all) : PM_OK;
+    if (status == PM_OK)
+        status = c->backward ? c->op->backward(ctx, args, grads, scratch)
+                             : c->op->forward(ctx, args, scratch);
+    if (status == PM_OK)
+        status = ctx->backend->sync(ctx);
+    if (status == PM_OK && bind_poison)
+        status = check_guard(ctx, c, scratch + bytes);
+    if (scratch)
+        ctx->backend->free(ctx, scratch, all);
+    return status;
+}
+
+static void list_places(const call *c, place *places)
+{
+    for (int i = 0; i < 2 * c->op->count; i++) {
+        const bind_field *f = &c->op->fields[i % c->op->count];
+        bool reads, writes;
+        places[i] = (place){0};
+        if (!c->values[i] || !bind_is_array(f))
+            continue;
+        PyArrayObject *array = (PyArrayObject *)c->values[i];
+        slot_access(c, i, &reads, &writes);
+        places[i] = (place){.data = PyArray_DATA(array),
+                            .count = PyArray_SIZE(array),
+                            .item = PyArray_ITEMSIZE(array),
+                            .act = f->type == BIND_act,
+                            .writes = writes};
+    }
+}
 
 static PyObject *run(PyObject *module, call *c, void *args, void *grads)
 {
-    pm_ctx ctx = {.backend = core_get_state(module)->backend};
+    pm_ctx ctx = {.backend = backend_of(c, module)};
+    if (!ctx.backend)
+        return NULL;
     const bind_facts *facts = c->op->facts;
     if (facts && facts->check) {
         const pm_status status = facts->check(&ctx, args, c->backward);
@@ -713,21 +704,17 @@ static PyObject *run(PyObject *module, call *c, void *args, void *grads)
     core_section section;
     if (core_enter(&section, &ctx) < 0)
         return NULL;
-    pm_status status = PM_ENOMEM;
-    const size_t bytes = c->op->workspace(&ctx, args, c->backward);
-    const size_t guard = bind_poison ? GUARD : 0;
-    char *scratch = bytes + guard ? pm_os_alloc(bytes + guard) : NULL;
-    if (scratch || !(bytes + guard)) {
-        if (bind_poison)
-            memset(scratch, 0xff, bytes + guard);
-        status = c->backward ? c->op->backward(&ctx, args, grads, scratch)
-                             : c->op->forward(&ctx, args, scratch);
-        for (size_t i = 0; i < guard; i++)
-            if ((unsigned char)scratch[bytes + i] != 0xff)
-                status = pm_fail(&ctx, PM_EINTERNAL, "%s: wrote beyond its workspace", c->op->name);
-        if (scratch)
-            pm_os_free(scratch, bytes + guard);
+    const int n = 2 * c->op->count;
+    place places[2 * BIND_MOST_FIELDS];
+    list_places(c, places);
+    pm_status status = place_arrays(&ctx, places, n);
+    if (status == PM_OK) {
+        point(c, places, args, grads);
+        status = run_op(&ctx, c, args, grads);
     }
+    if (status == PM_OK)
+        status = place_fetch(&ctx, places, n);
+    place_free(&ctx, places, n);
     core_leave(&section);
     return status == PM_OK ? result(c) : core_raise(&ctx, status);
 }
@@ -741,10 +728,10 @@ PyObject *bind_call(PyObject *module, const bind_op *op, bool backward, PyObject
     if (read_arguments(&c, arguments, count, keywords) < 0 || read_scalars(&c, args) < 0 ||
         check_arrays(&c, args) < 0)
         goto done;
-    point(&c, args, grads);
+    point(&c, NULL, args, grads);
     if (fix_dims(&c, args) < 0 || check_overlap(&c) < 0 || make_arrays(&c, args) < 0)
         goto done;
-    point(&c, args, grads);
+    point(&c, NULL, args, grads);
     dict = run(module, &c, args, grads);
 done:
     for (int i = 0; i < 2 * op->count; i++)

@@ -107,7 +107,7 @@ static void add_signature(page *p, const bind_op *op, bool backward)
     for (int i = 0; i < op->count; i++)
         if (op->fields[i].kind == BIND_DIM)
             add(p, ", %s=None", op->fields[i].name);
-    add(p, ")\n--\n\n");
+    add(p, ", device='cpu', compute='fp32')\n--\n\n");
 }
 
 static void add_array(page *p, const char *prefix, const bind_field *f, const char *type,
@@ -186,7 +186,10 @@ static void add_parameters(page *p, const bind_op *op, bool backward)
             add(p, "%s%s", comma, op->fields[i].name);
             comma = ", ";
         }
-    add(p, " : int, optional\n    Dimensions; needed only where no array determines them.\n\n");
+    add(p, " : int, optional\n    Dimensions; needed only where no array determines them.\n");
+    add(p, "device : str, default 'cpu'\n    Or 'cuda': the arrays are copied there and back.\n"
+           "compute : str, default 'fp32'\n    Or 'bf16'; then a GPU also keeps activations so, "
+           "and rounds the arrays.\n\n");
 }
 
 static void add_returns(page *p, const bind_op *op, bool backward)

@@ -155,7 +155,7 @@ static int compute_of(const char *name)
 const pm_backend *core_find_backend(PyObject *module, const char *who, const char *device,
                                     const char *compute)
 {
-    char message[512];
+    char message[1024];
     const int kind = compute_of(compute);
     if (kind < 0) {
         PyErr_Format(PyExc_ValueError,
@@ -163,18 +163,12 @@ const pm_backend *core_find_backend(PyObject *module, const char *who, const cha
                      compute);
         return NULL;
     }
-    const pm_backend *const level = core_get_state(module)->backend;
-    const bool guard = !strcmp(device, "cpu-guard");
-    if (!guard && strcmp(device, "cpu")) {
-        PyErr_Format(PyExc_ValueError, "%s: device = '%s' is not there: this build has 'cpu'", who,
-                     device);
-        return NULL;
-    }
-    const pm_backend *const cpu =
-        pm_cpu_backend(level->level, (pm_compute)kind, message, sizeof message);
-    if (!cpu)
+    const char *const level = core_get_state(module)->backend->level;
+    const pm_backend *const backend =
+        pm_find_backend(device, (pm_compute)kind, level, message, sizeof message);
+    if (!backend)
         PyErr_Format(PyExc_ValueError, "%s: %s", who, message);
-    return cpu && guard ? pm_guard_backend(cpu) : cpu;
+    return backend;
 }
 
 PyDoc_STRVAR(backend_info_doc, "backend_info($module, /)\n--\n\n"

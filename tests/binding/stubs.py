@@ -12,7 +12,7 @@ NUMPY = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64", "we
 
 def types(op):
     """{argument name: its type} for both functions of an op."""
-    found = {}
+    found = {"device": "str", "compute": "str"}
     for kind, name, type_, text, grad, _ in _core._fields()[op]:
         if kind == "INT":
             found[name] = "int"
