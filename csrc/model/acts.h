@@ -77,7 +77,7 @@ typedef struct {
     float *out;      /* (B, C_out, V) */
 
     /* backward; the gradient buffers are shared by all blocks */
-    float *dloss; /* one number: the scale of every loss */
+    float *dloss;                 /* one number: the scale of every loss */
     float *dout;                  /* (B, C_out, V) */
     pm_act *dpatches;             /* (N, p p C_out) */
     float *dstream;               /* (N, D) of the residual stream */

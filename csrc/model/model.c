@@ -233,7 +233,8 @@ pm_status pm_network_backward(pm_run *r)
     /* 10. (x2, branch2, gate2 of the last block; shift, scale) -> final_x, final_y */
     PM_BACKWARD(r, residual_layernorm_modulate, final_norm_args(r), .dy = a.dy, .dx = a.dstream,
                 .dbranch = a.dbranch, .dgate = pm_act_at(r, a.dmod, GATE2 * D),
-                .dshift = pm_act_at(r, a.dfinal_mod, FINAL_SHIFT * D), .dscale = pm_act_at(r, a.dfinal_mod, FINAL_SCALE * D));
+                .dshift = pm_act_at(r, a.dfinal_mod, FINAL_SHIFT * D),
+                .dscale = pm_act_at(r, a.dfinal_mod, FINAL_SCALE * D));
     /* 9. final adaln(silu_c) -> final_mod;  dsilu = */
     PM_BACKWARD(r, linear, final_adaln_args(r), .dy = a.dfinal_mod, .dx = a.dsilu,
                 .dweight = pm_grad_at(r, p->final_adaln.at),
