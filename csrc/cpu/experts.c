@@ -295,11 +295,11 @@ static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t c
         vf weight = v_set(t->weight ? t->weight[row0 + i] : 1.0f), dot = t->dot[row0 + i];
         for (int64_t j = 0; j < n; j += PM_WIDTH) {
             vf x = v_get(t->pre + (row0 + i) * t->ld_pre + col0 + j, n - j);
-            vf dh = v_load(tile + i * PM_NR + j), h = v_gelu(x);
+            vf slope, dh = v_load(tile + i * PM_NR + j), h = v_gelu_slope(x, &slope);
             dot = v_fma(dh, h, dot);
             int64_t at = (row0 + i) * t->ld + col0 + j;
             v_store(t->h + at, h);
-            v_store(t->dpre + at, weight * dh * v_dgelu(x));
+            v_store(t->dpre + at, weight * dh * slope);
         }
         t->dot[row0 + i] = dot;
     }

@@ -296,16 +296,43 @@ static inline vf v_exp(vf x)
 
 static inline vf v_sigmoid(vf x) { return v_set(1.0f) / (v_set(1.0f) + v_exp(-x)); }
 
-/* GELU, tanh form: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), and its derivative. */
+/* exp with relative error 1e-7 (1 + |x| / 4), clamped to 2^-126 .. 2^126; NaN stays NaN. For where
+ * an exponential is a part of something of order 1. exp(x) = 2^n 2^r; 2^r on [-1/2, 1/2] is the
+ * minimax polynomial that is 1 at 0. */
+static inline vf v_exp_quick(vf x)
+{
+    const vf magic = v_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x *= v_set(1.44269504f);
+    x = v_max(v_set(-126.0f), v_min(v_set(126.0f), x)); /* the second one when either is NaN */
+    vf shifted = x + magic, r = x - (shifted - magic);
+    vf p = v_set(1.53533605e-4f);
+    p = v_fma(p, r, v_set(1.3398875e-3f));
+    p = v_fma(p, r, v_set(9.61843692e-3f));
+    p = v_fma(p, r, v_set(5.55033237e-2f));
+    p = v_fma(p, r, v_set(2.40226477e-1f));
+    p = v_fma(p, r, v_set(6.93147182e-1f));
+    p = v_fma(p, r, v_set(1.0f));
+    return p * (vf)(((vi)shifted << 23) + (127 << 23));
+}
+
+/* GELU, tanh form: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). *slope: its derivative. */
+static inline vf v_gelu_slope(vf x, vf *slope)
+{
+    const vf one = v_set(1.0f), x2 = x * x;
+    const vf u = x * v_fma(x2, v_set(-0.0713548162726f), v_set(-1.59576912161f));
+    const vf s = one / (one + v_exp_quick(u)), y = x * s;
+    const vf du = v_fma(x2, v_set(0.2140644488178f), v_set(1.59576912161f));
+    *slope = v_fma(y * (one - s), du, s);
+    return y;
+}
 static inline vf v_gelu(vf x)
 {
-    vf u = x * v_fma(x * x, v_set(0.0713548162726f), v_set(1.59576912161f));
-    return x * v_sigmoid(u);
+    vf slope;
+    return v_gelu_slope(x, &slope);
 }
 static inline vf v_dgelu(vf x)
 {
-    vf x2 = x * x;
-    vf s = v_sigmoid(x * v_fma(x2, v_set(0.0713548162726f), v_set(1.59576912161f)));
-    vf du = v_fma(x2, v_set(0.2140644488178f), v_set(1.59576912161f));
-    return v_fma(x * s * (v_set(1.0f) - s), du, s);
+    vf slope;
+    v_gelu_slope(x, &slope);
+    return slope;
 }
