@@ -6,8 +6,9 @@
  * those inside, and only for those: a worker that sleeps, or that the system does not run just now,
  * is never waited for. So a small job costs what the caller alone needs, at worst.
  *
- * Workers watch `epoch` for a moment after a job (in a training step the next one is near), then
- * sleep. With more threads than CPUs they sleep at once. */
+ * Workers watch `epoch` for a moment after a job (in a step the next one is near, and what happens
+ * between two calls from Python is mostly shorter too), then sleep. With more threads than CPUs
+ * they sleep at once. */
 #include "threads.h"
 
 #include <errno.h>
@@ -20,7 +21,7 @@
 #include "cpuid.h"
 #include "os.h"
 
-#define SPIN_SECONDS 40e-6
+#define SPIN_SECONDS 200e-6
 enum { STACK_BYTES = 4 << 20 }; /* musl's 128 KiB are few */
 
 /* gate: how many workers are inside, and two marks. */

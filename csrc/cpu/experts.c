@@ -9,7 +9,7 @@
 
 enum {
     EXPERTS_MIN_ITEMS = 16,        /* blocks get smaller when there would be fewer */
-    EXPERTS_TASK_WORK = 1000000,   /* multiply-adds that are worth a task */
+    EXPERTS_TASK_WORK = 250000,    /* multiply-adds that are worth a task */
     EXPERTS_SLICE_WORK = 60 << 20, /* multiply-adds of a slice of a weight gradient, which has */
     EXPERTS_SLICE_LEAST = 192,     /* at least so many rows: each slice reads all of x, or of h, */
     EXPERTS_SLICE = 384,           /* and at most so many: they are packed in scratch */

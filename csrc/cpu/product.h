@@ -382,12 +382,13 @@ typedef struct {
 } product_share;
 
 #define PRODUCT_TASKS 64                /* tasks that keep 16 threads busy to the end */
-#define PRODUCT_WORK ((int64_t)1 << 20) /* multiply-adds of the smallest task: 10 microseconds */
+#define PRODUCT_WORK ((int64_t)1 << 18) /* multiply-adds of the smallest task: 2 microseconds */
+#define PRODUCT_THIN 16                 /* rows below which reading the panels sets the pace */
 
 static product_grid product_grid_of(int64_t m, int64_t n, int64_t k)
 {
     product_grid g = {.rows = m, .panels = product_panels(n)};
-    int64_t most = m * n * k / PRODUCT_WORK;
+    int64_t most = pm_max(m, PRODUCT_THIN) * n * k / PRODUCT_WORK;
     g.row_tasks = pm_blocks(m, PM_ROWS);
     g.panel_tasks = pm_blocks(PRODUCT_TASKS, pm_max(1, g.row_tasks));
     g.panel_tasks = pm_min(g.panel_tasks, most / pm_max(1, g.row_tasks));
