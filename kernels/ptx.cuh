@@ -1,0 +1,144 @@
+// ptx.cuh: what kernels need of PTX, and the launch, in one place. nvcc gets inline assembly; the
+// build that runs kernels on a CPU (tests/cuda/host/) gets functions with the same meaning.
+//
+// "The warp" below means all 32 lanes: these instructions are .aligned, every lane has to execute
+// them, at the same place, none may have returned. Addresses of ldmatrix rows and of 16-byte copies
+// are aligned to 16 bytes. Layouts of fragments: PTX ISA, "Matrix Fragments for mma.m16n8k16"; with
+// g = lane / 4, t = lane % 4:
+//   A (16 x 16, bf16): a[0] row g, columns 2t, 2t+1   a[1] row g+8    a[2], a[3]: columns + 8
+//   B (16 x 8,  bf16): b[0] rows 2t, 2t+1, column g   b[1] rows + 8
+//   D (16 x 8,  f32):  d[0], d[1] row g, columns 2t, 2t+1   d[2], d[3] row g+8
+//   A (16 x 8,  tf32): a[0] row g, column t   a[1] row g+8   a[2], a[3]: column + 4
+//   B (8 x 8,   tf32): b[0] row t, column g   b[1] row t+4
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+// Launches kernel<<<grid, block, shared_bytes, stream>>>(...). A template's name with commas goes in
+// parentheses: PM_LAUNCH((product<64, 32>), grid, block, bytes, stream, a, b). Ask cudaGetLastError.
+#define PM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \
+    (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+#define PM_PTX static __device__ __forceinline__
+
+PM_PTX uint32_t pm_shared_address(const void *shared)
+{
+    return (uint32_t)__cvta_generic_to_shared(shared);
+}
+
+// d += a b, one 16 x 8 tile over k = 16, bf16 in, f32 out.
+PM_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d += a b, one 16 x 8 tile over k = 8, tf32 in (pm_tf32), f32 out.
+PM_PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// M x N tiles at once: d[i][j] += a[i] b[j]. Prefer it: on a CPU it is one meeting of the warp, not M N.
+template <int M, int N>
+PM_PTX void mma_m16n8k16(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2])
+{
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            mma_m16n8k16(d[i][j], a[i], b[j]);
+}
+
+template <int M, int N>
+PM_PTX void mma_m16n8k8_tf32(float (&d)[M][N][4], const uint32_t (&a)[M][4],
+                             const uint32_t (&b)[N][2])
+{
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+            mma_m16n8k8_tf32(d[i][j], a[i], b[j]);
+}
+
+// The nearest tf32 (ties away from zero), as the bits of a float.
+PM_PTX uint32_t pm_tf32(float x)
+{
+    uint32_t r;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
+
+// Loads 8 x 8 matrices of 16-bit elements from shared memory: lanes 8i .. 8i+7 give the addresses of
+// the rows of matrix i (lanes that are not needed: any aligned address in shared memory); r[i] gets
+// elements 2t, 2t+1 of row g of matrix i. _trans: of the transposed matrix.
+#define PM_LDMATRIX(name, count, modifier, outputs, ...)                                           \
+    PM_PTX void name(uint32_t (&r)[count], const void *row)                                        \
+    {                                                                                              \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x" #count modifier ".shared.b16 " outputs         \
+                     : __VA_ARGS__                                                                 \
+                     : "r"(pm_shared_address(row))                                                 \
+                     : "memory");                                                                  \
+    }
+PM_LDMATRIX(ldmatrix_x1, 1, "", "{%0}, [%1];", "=r"(r[0]))
+PM_LDMATRIX(ldmatrix_x2, 2, "", "{%0, %1}, [%2];", "=r"(r[0]), "=r"(r[1]))
+PM_LDMATRIX(ldmatrix_x4, 4, "", "{%0, %1, %2, %3}, [%4];", "=r"(r[0]), "=r"(r[1]), "=r"(r[2]),
+            "=r"(r[3]))
+PM_LDMATRIX(ldmatrix_x1_trans, 1, ".trans", "{%0}, [%1];", "=r"(r[0]))
+PM_LDMATRIX(ldmatrix_x2_trans, 2, ".trans", "{%0, %1}, [%2];", "=r"(r[0]), "=r"(r[1]))
+PM_LDMATRIX(ldmatrix_x4_trans, 4, ".trans", "{%0, %1, %2, %3}, [%4];", "=r"(r[0]), "=r"(r[1]),
+            "=r"(r[2]), "=r"(r[3]))
+#undef PM_LDMATRIX
+
+// Copies BYTES (4, 8, 16) from global to shared memory in the background. Both addresses are aligned
+// to BYTES. The bytes may be read after cp_async_wait by this thread, after a barrier by others.
+template <int BYTES> PM_PTX void cp_async(void *shared, const void *global)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(pm_shared_address(shared)),
+                     "l"(global)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(pm_shared_address(shared)),
+                     "l"(global), "n"(BYTES)
+                     : "memory");
+}
+
+// The same, of the first source_bytes (0 .. BYTES) bytes; the rest become zero. With 0 nothing is read.
+template <int BYTES> PM_PTX void cp_async_zfill(void *shared, const void *global, int source_bytes)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    if constexpr (BYTES == 16)
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(pm_shared_address(shared)),
+            "l"(global), "r"(source_bytes)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(pm_shared_address(shared)),
+            "l"(global), "n"(BYTES), "r"(source_bytes)
+            : "memory");
+}
+
+// Closes the group of this thread's copies since the last one. Wait: until at most GROUPS of the
+// newest groups are unfinished; wait_all: until nothing is.
+PM_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS> PM_PTX void cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+PM_PTX void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+#undef PM_PTX
+#else
+#include <ptx_on_cpu.h>
+#endif

@@ -1,0 +1,85 @@
+// ptx_on_cpu.h: the other half of kernels/ptx.cuh, where its functions are documented.
+#pragma once
+#include "device.h"
+
+#define PM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \
+    pm_host::launch(#kernel, (kernel), (grid), (block), (shared_bytes), (stream)__VA_OPT__(, )     \
+                        __VA_ARGS__)
+
+namespace pm_host {
+
+extern const Collective MMA_BF16, MMA_TF32, LDMATRIX, LDMATRIX_TRANS;
+
+struct Mma { // d (m, n, 4), a (m, 4), b (n, 2)
+    float *d;
+    const uint32_t *a, *b;
+    int m, n;
+};
+struct Ldmatrix {
+    uint32_t *r; // (count)
+    const void *row;
+    int count;
+};
+
+inline void mma(const Collective &what, float *d, const uint32_t *a, const uint32_t *b, int m, int n,
+                const char *file, int line)
+{
+    Mma operand = {d, a, b, m, n};
+    rendezvous(what, 0xffffffffu, &operand, file, line);
+}
+inline void ldmatrix(const Collective &what, uint32_t *r, const void *row, int count,
+                     const char *file, int line)
+{
+    Ldmatrix operand = {r, row, count};
+    rendezvous(what, 0xffffffffu, &operand, file, line);
+}
+
+} // namespace pm_host
+
+#define PM_MMA(name, what)                                                                         \
+    inline void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PM_SITE)       \
+    {                                                                                              \
+        pm_host::mma(pm_host::what, d, a, b, 1, 1, file, line);                                    \
+    }                                                                                              \
+    template <int M, int N>                                                                        \
+    void name(float (&d)[M][N][4], const uint32_t (&a)[M][4], const uint32_t (&b)[N][2], PM_SITE)  \
+    {                                                                                              \
+        pm_host::mma(pm_host::what, d[0][0], a[0], b[0], M, N, file, line);                        \
+    }
+PM_MMA(mma_m16n8k16, MMA_BF16)
+PM_MMA(mma_m16n8k8_tf32, MMA_TF32)
+#undef PM_MMA
+
+inline uint32_t pm_tf32(float x)
+{
+    uint32_t u = __float_as_uint(x);
+    return (x != x ? u : u + 0x1000u) & ~0x1fffu; // half an ulp of tf32: ties away from zero
+}
+
+#define PM_LDMATRIX(name, count, what)                                                             \
+    inline void name(uint32_t (&r)[count], const void *row, PM_SITE)                               \
+    {                                                                                              \
+        pm_host::ldmatrix(pm_host::what, r, row, count, file, line);                               \
+    }
+PM_LDMATRIX(ldmatrix_x1, 1, LDMATRIX)
+PM_LDMATRIX(ldmatrix_x2, 2, LDMATRIX)
+PM_LDMATRIX(ldmatrix_x4, 4, LDMATRIX)
+PM_LDMATRIX(ldmatrix_x1_trans, 1, LDMATRIX_TRANS)
+PM_LDMATRIX(ldmatrix_x2_trans, 2, LDMATRIX_TRANS)
+PM_LDMATRIX(ldmatrix_x4_trans, 4, LDMATRIX_TRANS)
+#undef PM_LDMATRIX
+
+template <int BYTES> void cp_async(void *shared, const void *global, PM_SITE)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    pm_host::async_copy(shared, global, BYTES, BYTES, file, line);
+}
+template <int BYTES>
+void cp_async_zfill(void *shared, const void *global, int source_bytes, PM_SITE)
+{
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    pm_host::async_copy(shared, global, BYTES, source_bytes, file, line);
+}
+inline void cp_async_commit() { pm_host::async_commit(); }
+template <int GROUPS> void cp_async_wait() { pm_host::async_wait(GROUPS); }
+inline void cp_async_wait_all() { pm_host::async_wait(-1); }
