@@ -38,9 +38,9 @@ typedef struct pm_ctx {
 pm_status pm_fail(pm_ctx *ctx, pm_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-#define PM_TRY(call)                                                                               \
+#define PM_TRY(...)                                                                                \
     do {                                                                                           \
-        pm_status pm_try_status = (call);                                                          \
+        pm_status pm_try_status = (__VA_ARGS__);                                                         \
         if (pm_try_status != PM_OK)                                                                \
             return pm_try_status;                                                                  \
     } while (0)
@@ -154,9 +154,10 @@ typedef struct pm_act pm_act;
 /* ---------------------------------------------------------------- backend */
 
 /* What products multiply. Sums, and everything outside products, are fp32; so are the router's
- * products. PM_BF16_EMULATED has the results of PM_BF16 on a CPU without its instructions, slowly. */
-typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_COMPUTES } pm_compute;
-#define PM_COMPUTE_NAMES "fp32", "bf16", "bf16-emulated"
+ * products. PM_BF16_EMULATED has the results of PM_BF16 on a CPU without its instructions, slowly;
+ * PM_TF32 is a GPU's: operands of 11 bits in products that would be fp32. */
+typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_TF32, PM_COMPUTES } pm_compute;
+#define PM_COMPUTE_NAMES "fp32", "bf16", "bf16-emulated", "tf32"
 
 /* A backend is ops + memory. model/ and python/ know nothing else of it, and no code outside a
  * backend dereferences backend memory.

@@ -83,6 +83,10 @@ static const pm_backend *compute_at(int level, pm_compute compute, char *message
     const pm_backend *const backend = levels[level][compute];
     if (backend && (compute != PM_BF16 || pm_cpu_has("avx512bf16")))
         return backend;
+    if (compute == PM_TF32) {
+        snprintf(message, message_bytes, "compute = 'tf32' is a GPU's: a CPU has 'fp32'");
+        return NULL;
+    }
     snprintf(message, message_bytes,
              "compute = 'bf16' needs a CPU with AVX512_BF16 and the level avx512; %s. Use 'fp32', "
              "which is faster here, or 'bf16-emulated' for the same results, slowly",

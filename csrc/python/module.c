@@ -159,7 +159,7 @@ const pm_backend *core_find_backend(PyObject *module, const char *who, const cha
     const int kind = compute_of(compute);
     if (kind < 0) {
         PyErr_Format(PyExc_ValueError,
-                     "%s: compute = '%s' is not there: one of 'fp32', 'bf16', 'bf16-emulated'", who,
+                     "%s: compute = '%s' is not there: one of 'fp32', 'bf16', 'bf16-emulated', 'tf32'", who,
                      compute);
         return NULL;
     }
