@@ -138,7 +138,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, void *nodes, size_t *count); //
 // For tests, by name: pm_host_set("order", "reverse"). The environment's PM_HOST, words like
 // order=reverse, is read when the library is loaded. False: no such setting or value.
 //   order=forward|reverse|shuffled  seed=N  arch=80|90  timeout=SECONDS  fail_allocation=N
-//   heuristic=0|1  eager=0|1
+//   heuristic=none|plain|all (of cuBLASLt's; plain: no epilogues)  eager=0|1
 __attribute__((visibility("default"))) bool pm_host_set(const char *name, const char *value);
 // Forgets a fault, as a new process would.
 __attribute__((visibility("default"))) void pm_host_reset();

@@ -156,12 +156,6 @@ static bool forbidden(const char *call)
 
 namespace pm_host {
 
-bool valid_stream(cudaStream_t stream)
-{
-    LOCK;
-    return real(stream) || complain("no such stream: %p", (void *)stream);
-}
-
 bool submit(cudaStream_t stream, std::function<void()> work)
 {
     LOCK;
@@ -203,6 +197,12 @@ static bool in_pinned(const void *p)
 // ------------------------------------------------------------------ launches
 static std::map<std::string, long> launches;
 
+void count_launch(const char *name)
+{
+    LOCK;
+    launches[name]++;
+}
+
 void enqueue(const char *name, const void *function, dim3 grid, dim3 block, size_t dynamic_bytes,
              void *stream, size_t parameter_bytes, std::function<void()> thread)
 {
@@ -239,7 +239,7 @@ void enqueue(const char *name, const void *function, dim3 grid, dim3 block, size
         std::string plain = name[0] == '(' ? std::string(name + 1, strlen(name) - 2) : name;
         Kernel kernel = {plain, function, grid, block, dynamic_bytes, std::move(thread)};
         if (!submit((cudaStream_t)stream, [kernel] {
-                launches[kernel.name]++;
+                count_launch(kernel.name.c_str());
                 run(kernel);
             }))
             result(cudaErrorInvalidResourceHandle);
@@ -1017,8 +1017,8 @@ extern "C" bool pm_host_set(const char *name, const char *value)
         settings.timeout = atof(value);
     else if (n == "fail_allocation")
         settings.fail_allocation = atol(value);
-    else if (n == "heuristic" && (v == "0" || v == "1"))
-        settings.heuristic = v == "1";
+    else if (n == "heuristic" && (v == "none" || v == "plain" || v == "all"))
+        settings.heuristic = v == "none" ? 0 : v == "plain" ? 1 : 2;
     else if (n == "eager" && (v == "0" || v == "1"))
         settings.eager = v == "1";
     else
