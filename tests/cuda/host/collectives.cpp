@@ -38,25 +38,25 @@ static void shuffle_lanes(const char *name, void *const operand[32], uint32_t pr
     }
 }
 
-static void shfl(void *const o[32], uint32_t present)
+static void shfl(void *const o[32], uint32_t present, const char *, int)
 {
     shuffle_lanes("__shfl_sync", o, present, [](int l, int lane, int width) {
         return (l & ~(width - 1)) | (lane & (width - 1));
     });
 }
-static void shfl_up(void *const o[32], uint32_t present)
+static void shfl_up(void *const o[32], uint32_t present, const char *, int)
 {
     shuffle_lanes("__shfl_up_sync", o, present, [](int l, int delta, int width) {
         return (l & (width - 1)) - delta < 0 ? l : l - delta;
     });
 }
-static void shfl_down(void *const o[32], uint32_t present)
+static void shfl_down(void *const o[32], uint32_t present, const char *, int)
 {
     shuffle_lanes("__shfl_down_sync", o, present, [](int l, int delta, int width) {
         return (l & (width - 1)) + delta >= width ? l : l + delta;
     });
 }
-static void shfl_xor(void *const o[32], uint32_t present)
+static void shfl_xor(void *const o[32], uint32_t present, const char *, int)
 {
     shuffle_lanes("__shfl_xor_sync", o, present, [](int l, int lanes, int width) {
         const int from = l ^ (lanes & 31);
@@ -80,30 +80,30 @@ static void reduce_lanes(void *const operand[32], uint32_t present, Combine comb
             ((Exchange *)operand[l])->value = all;
 }
 
-template <class T, bool GREATEST> static void reduce_order(void *const o[32], uint32_t present)
+template <class T, bool GREATEST> static void reduce_order(void *const o[32], uint32_t present, const char *, int)
 {
     reduce_lanes(o, present, [](uint32_t a, uint32_t b) {
         return ((T)a < (T)b) == GREATEST ? b : a;
     });
 }
-static void reduce_add(void *const o[32], uint32_t present)
+static void reduce_add(void *const o[32], uint32_t present, const char *, int)
 {
     reduce_lanes(o, present, [](uint32_t a, uint32_t b) { return a + b; });
 }
-static void reduce_and(void *const o[32], uint32_t present)
+static void reduce_and(void *const o[32], uint32_t present, const char *, int)
 {
     reduce_lanes(o, present, [](uint32_t a, uint32_t b) { return a & b; });
 }
-static void reduce_or(void *const o[32], uint32_t present)
+static void reduce_or(void *const o[32], uint32_t present, const char *, int)
 {
     reduce_lanes(o, present, [](uint32_t a, uint32_t b) { return a | b; });
 }
-static void reduce_xor(void *const o[32], uint32_t present)
+static void reduce_xor(void *const o[32], uint32_t present, const char *, int)
 {
     reduce_lanes(o, present, [](uint32_t a, uint32_t b) { return a ^ b; });
 }
 
-static void ballot(void *const operand[32], uint32_t present)
+static void ballot(void *const operand[32], uint32_t present, const char *, int)
 {
     uint32_t votes = 0;
     for (int l = 0; l < 32; l++)
@@ -114,7 +114,7 @@ static void ballot(void *const operand[32], uint32_t present)
             ((Exchange *)operand[l])->value = votes;
 }
 
-static void match_any(void *const operand[32], uint32_t present)
+static void match_any(void *const operand[32], uint32_t present, const char *, int)
 {
     uint64_t given[32] = {};
     for (int l = 0; l < 32; l++)
@@ -214,13 +214,13 @@ template <int K> static void mma(const char *name, void *const operand[32])
     }
 }
 
-static void mma_bf16(void *const o[32], uint32_t) { mma<16>("mma_m16n8k16", o); }
-static void mma_tf32(void *const o[32], uint32_t) { mma<8>("mma_m16n8k8_tf32", o); }
+static void mma_bf16(void *const o[32], uint32_t, const char *, int) { mma<16>("mma_m16n8k16", o); }
+static void mma_tf32(void *const o[32], uint32_t, const char *, int) { mma<8>("mma_m16n8k8_tf32", o); }
 const Collective MMA_BF16 = {"mma_m16n8k16", mma_bf16, true};
 const Collective MMA_TF32 = {"mma_m16n8k8_tf32", mma_tf32, true};
 
 // ------------------------------------------------------------------ ldmatrix
-template <bool TRANSPOSED> static void load_matrices(void *const operand[32], uint32_t)
+template <bool TRANSPOSED> static void load_matrices(void *const operand[32], uint32_t, const char *file, int line)
 {
     const char *name = TRANSPOSED ? "a row of ldmatrix.trans" : "a row of ldmatrix";
     OnBehalf of;
@@ -231,7 +231,7 @@ template <bool TRANSPOSED> static void load_matrices(void *const operand[32], ui
             of.lane(i * 8 + r);
             const void *row = ((const Ldmatrix *)operand[i * 8 + r])->row;
             check_shared(row, 16, 16, name);
-            race_access(row, 16, false);
+            race_access(row, 16, false, file, line);
             memcpy(matrix[r], row, 16);
         }
         for (int l = 0; l < 32; l++) {

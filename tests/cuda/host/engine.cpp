@@ -408,7 +408,7 @@ static void complete(int warp, int group_index)
         fail("%s (%s:%d) needs all 32 lanes of warp %d; those there: 0x%08x", g.what->name,
              base_name(g.file), g.line, warp, g.arrived);
     if (g.what->run)
-        g.what->run(operand, g.arrived);
+        g.what->run(operand, g.arrived, g.file, g.line);
     make_ready(warp, g.arrived);
 #ifdef PM_HOST_RACE
     race_collective(warp, g.arrived);
@@ -576,8 +576,8 @@ void async_copy(void *shared, const void *global, int bytes, int source_bytes, c
              source_bytes);
     if (source_bytes && in_shared_storage(global))
         fail("the source of cp.async (%s:%d) is in shared memory", base_name(file), line);
-    race_access(shared, (size_t)bytes, true);
-    race_access(global, (size_t)source_bytes, false);
+    race_access(shared, (size_t)bytes, true, file, line);
+    race_access(global, (size_t)source_bytes, false, file, line);
     memset(shared, 0xff, (size_t)bytes);
     copies[self_index].push_back({(char *)shared, (const char *)global, bytes, source_bytes,
                                   committed[self_index], file, line});
@@ -592,8 +592,8 @@ void async_wait(int groups_left)
     size_t n = 0;
     while (n < queue.size() && queue[n].group < until) {
         const Copy &c = queue[n++];
-        race_access(c.shared, (size_t)c.bytes, true);
-        race_access(c.global, (size_t)c.source_bytes, false);
+        race_access(c.shared, (size_t)c.bytes, true, c.file, c.line);
+        race_access(c.global, (size_t)c.source_bytes, false, c.file, c.line);
         memcpy(c.shared, c.global, (size_t)c.source_bytes);
         memset(c.shared + c.source_bytes, 0, (size_t)(c.bytes - c.source_bytes));
     }
@@ -752,7 +752,7 @@ bool run(const Kernel &k)
         threads[i].index = {(unsigned)i % k.block.x, (unsigned)i / k.block.x % k.block.y,
                             (unsigned)i / k.block.x / k.block.y};
 #ifdef PM_HOST_RACE
-    race_launch(k);
+    race_launch(k, tls_base, storage_bytes());
 #endif
     catch_signals(true);
     run_blocks();

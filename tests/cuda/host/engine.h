@@ -34,7 +34,7 @@ namespace pm_host {
 // `present`; null for the others). whole: PTX's .aligned, every lane of the warp has to be there.
 struct Collective {
     const char *name;
-    void (*run)(void *const operand[32], uint32_t present);
+    void (*run)(void *const operand[32], uint32_t present, const char *file, int line);
     bool whole;
 };
 
@@ -59,10 +59,10 @@ void async_wait(int groups_left); // -1: all, committed or not
 // The race detector's view of atomics and fences (race build only; else empty).
 #ifdef PM_HOST_RACE
 void race_atomic(const void *p, size_t bytes);
-void race_access(const void *p, size_t bytes, bool write);
+void race_access(const void *p, size_t bytes, bool write, const char *file, int line);
 #else
 inline void race_atomic(const void *, size_t) {}
-inline void race_access(const void *, size_t, bool) {}
+inline void race_access(const void *, size_t, bool, const char *, int) {}
 #endif
 
 // Is this range in the shared memory of the running block? Fails, naming `what`, when not.

@@ -66,10 +66,12 @@ extern int self_index;                        // thread of the block that runs; 
 bool in_device(const void *p, size_t bytes); // within one allocation
 
 #ifdef PM_HOST_RACE
-void race_launch(const Kernel &kernel);
-void race_block(unsigned number);              // a block begins
-void race_barrier();                           // every thread of the block has met
+void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes);
+void race_block(unsigned number);               // a block begins
+void race_barrier();                            // every thread of the block has met
 void race_collective(int warp, uint32_t lanes); // these lanes have met
+char *race_allocate(size_t bytes);              // device memory; null when there is no more
+void race_release(char *p);
 #endif
 
 } // namespace pm_host

@@ -437,38 +437,44 @@ extern "C" void pm_host_reset()
         s->queue.clear(), s->capture = nullptr;
 }
 
-extern "C" cudaError_t cudaDeviceReset()
-{
-    LOCK;
-    pm_host_reset();
-    for (auto &m : device_memory)
-        free(m.first);
-    device_memory.clear();
-    return cudaSuccess;
-}
-
 // ------------------------------------------------------------------ memory
-// Fresh device memory holds NaN (and -1); so does memory that was freed.
-static char *take_memory(size_t bytes)
+// Fresh memory holds NaN (and -1); so does memory that was freed.
+typedef std::map<char *, Memory> Memories;
+
+static char *take_memory(const Memories &map, size_t bytes)
 {
     if (settings.fail_allocation > 0 && --settings.fail_allocation == 0)
         return nullptr;
     void *p = nullptr;
-    if (posix_memalign(&p, 256, std::max<size_t>(bytes, 1)))
-        return nullptr;
-    memset(p, 0xff, bytes);
+#ifdef PM_HOST_RACE
+    if (&map == &device_memory)
+        p = race_allocate(bytes);
+    else
+#else
+    (void)map;
+#endif
+        if (posix_memalign(&p, 256, bytes))
+        p = nullptr;
+    if (p)
+        memset(p, 0xff, bytes);
     return (char *)p;
 }
 
-static void release(std::map<char *, Memory> &map, char *p)
+static void release(Memories &map, char *p)
 {
     auto at = map.find(p);
     memset(p, 0xff, at->second.bytes);
     map.erase(at);
+#ifdef PM_HOST_RACE
+    if (&map == &device_memory) {
+        race_release(p);
+        return;
+    }
+#endif
     free(p);
 }
 
-static cudaError_t allocate(std::map<char *, Memory> &map, const char *call, void **memory,
+static cudaError_t allocate(Memories &map, const char *call, void **memory,
                             size_t bytes)
 {
     if (!memory)
@@ -476,7 +482,7 @@ static cudaError_t allocate(std::map<char *, Memory> &map, const char *call, voi
     *memory = nullptr;
     if (bytes == 0)
         return result(cudaSuccess);
-    char *p = take_memory(bytes);
+    char *p = take_memory(map, bytes);
     if (!p)
         return wrong(cudaErrorMemoryAllocation, "%s of %zu bytes", call, bytes);
     map[p] = {bytes};
@@ -562,6 +568,15 @@ extern "C" cudaError_t cudaFreeHost(void *memory)
                      memory);
     release(pinned_memory, (char *)memory);
     return result(cudaSuccess);
+}
+
+extern "C" cudaError_t cudaDeviceReset()
+{
+    LOCK;
+    pm_host_reset();
+    while (!device_memory.empty())
+        release(device_memory, device_memory.begin()->first);
+    return cudaSuccess;
 }
 
 extern "C" cudaError_t cudaMemGetInfo(size_t *free, size_t *total)

@@ -1,0 +1,340 @@
+// race.cpp: the race build. Kernels are compiled with -fsanitize=thread, whose calls end here instead
+// of in its runtime: every access to shared and device memory is compared with the last ones to the
+// same bytes. Two accesses of which one writes must be ordered:
+//   - in a block, by a barrier of the block between them, or in a warp by a collective that both
+//     lanes took part in between (every thread has a vector clock over the lanes of its warp);
+//   - between blocks of a launch never (but a block that did an atomic is believed to know what it does);
+//   - between launches always.
+// It also finds reads of shared memory that nobody wrote, and accesses outside of what the kernel has.
+#ifdef PM_HOST_RACE
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include "internal.h"
+
+namespace pm_host {
+
+// ------------------------------------------------------------------ what is remembered
+// An access: who, when, where. epoch counts block barriers and blocks; clock is the thread's own.
+struct Record {
+    uint64_t thread : 10, atomic : 1, clock : 26, epoch : 27;
+    uint32_t place; // of the instruction: offset in the library; from SITES on: an index of sites
+    uint32_t bytes; // which of the cell's two
+};
+// Of two bytes: the last write and three readers since: the last, the one before it, and the last of
+// another warp than the last. So some reader of another warp, and of another thread, is never lost.
+struct Cell {
+    Record write, last, before, other;
+};
+constexpr uint32_t SITES = 0x80000000u;
+constexpr uint64_t LAST_EPOCH = (1u << 27) - 4096;
+constexpr size_t CELL_BYTES = 2;
+
+static uint64_t epoch = 1, block_epoch, launch_epoch; // now; of the block's and the launch's begin
+static bool block_acquired;
+static uint32_t clocks[1024][32]; // (thread, lane of its warp)
+static std::vector<std::pair<uint64_t, unsigned>> blocks; // (first epoch, number) of the launch
+static std::vector<std::pair<const char *, int>> sites;
+static dim3 grid;
+
+struct Shadow {
+    char *begin = nullptr, *end = nullptr;
+    Cell *cells = nullptr;
+
+    void cover(char *b, size_t bytes)
+    {
+        if (b == begin)
+            return;
+        if (cells)
+            munmap(cells, (size_t)(end - begin) / CELL_BYTES * sizeof(Cell));
+        begin = b, end = b + bytes;
+        void *m = mmap(nullptr, bytes / CELL_BYTES * sizeof(Cell), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (m == MAP_FAILED) {
+            perror("cuda-on-cpu: no memory for the race detector");
+            abort();
+        }
+        cells = (Cell *)m;
+    }
+    void forget()
+    {
+        if (cells)
+            madvise(cells, (size_t)(end - begin) / CELL_BYTES * sizeof(Cell), MADV_DONTNEED);
+    }
+    bool has(const void *p) const { return p >= begin && p < end; }
+};
+static Shadow shared_shadow, device_shadow;
+
+// ------------------------------------------------------------------ device memory
+// One range of addresses, so that its shadow is found by an offset. First fit; gaps catch overruns.
+constexpr size_t ARENA = (size_t)4 << 30, GAP = 256;
+static char *arena;
+static std::map<char *, size_t> taken;
+
+char *race_allocate(size_t bytes)
+{
+    if (!arena) {
+        void *m = mmap(nullptr, ARENA, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (m == MAP_FAILED)
+            return nullptr;
+        arena = (char *)(((uintptr_t)m + 255) & ~(uintptr_t)255);
+        device_shadow.cover(arena, ARENA - 4096);
+    }
+    const size_t size = (bytes + 255) / 256 * 256 + GAP;
+    char *at = arena;
+    for (auto &t : taken) {
+        if (t.first - at >= (ptrdiff_t)size)
+            break;
+        at = t.first + t.second;
+    }
+    if (at + size > device_shadow.end)
+        return nullptr;
+    taken[at] = size;
+    return at;
+}
+
+void race_release(char *p) { taken.erase(p); }
+
+// ------------------------------------------------------------------ messages
+static std::string place_name(uint32_t place)
+{
+    char text[512] = "?";
+    if (place >= SITES) {
+        const auto &s = sites[place - SITES];
+        const char *slash = strrchr(s.first, '/');
+        snprintf(text, sizeof text, "%s:%d", slash ? slash + 1 : s.first, s.second);
+        return text;
+    }
+    Dl_info library;
+    if (!dladdr((const void *)&place_name, &library))
+        return text;
+    char command[1024];
+    snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%x 2>/dev/null", library.dli_fname, place);
+    if (FILE *pipe = popen(command, "r")) {
+        if (!fgets(text, sizeof text, pipe))
+            strcpy(text, "?");
+        pclose(pipe);
+    }
+    text[strcspn(text, " \n")] = 0;
+    return text;
+}
+
+static uint32_t place_of(const void *pc)
+{
+    static char *base;
+    if (!base) {
+        Dl_info library;
+        if (dladdr((const void *)&place_of, &library))
+            base = (char *)library.dli_fbase;
+    }
+    return (uint32_t)((char *)pc - 1 - base);
+}
+
+static uint32_t site(const char *file, int line)
+{
+    static uint32_t last;
+    if (last < sites.size() && sites[last].first == file && sites[last].second == line)
+        return SITES + last;
+    for (last = 0; last < sites.size(); last++)
+        if (sites[last].first == file && sites[last].second == line)
+            return SITES + last;
+    sites.push_back({file, line});
+    return SITES + last;
+}
+
+static std::string whose(const Record &r)
+{
+    if (r.epoch >= block_epoch)
+        return "thread " + thread_name((int)r.thread);
+    unsigned number = 0;
+    for (auto &b : blocks)
+        if (b.first <= r.epoch)
+            number = b.second;
+    char text[128];
+    snprintf(text, sizeof text, "block (%u, %u, %u)", number % grid.x, number / grid.x % grid.y,
+             number / grid.x / grid.y);
+    return text;
+}
+
+[[noreturn]] static void report(const char *p, bool write, uint32_t place, const Record &r,
+                                bool other_wrote)
+{
+    fail("race: %s %s (%s), which %s %s (%s) without a barrier between", write ? "writes" : "reads",
+         describe(p).c_str(), place_name(place).c_str(), whose(r).c_str(),
+         other_wrote ? "wrote" : "reads", place_name(r.place).c_str());
+}
+
+// ------------------------------------------------------------------ the check
+static inline bool ordered(const Record &r, bool shared)
+{
+    if (r.epoch == epoch) {
+        if (r.thread == (uint64_t)self_index)
+            return true;
+        return (r.thread ^ (uint64_t)self_index) < 32 &&
+               clocks[self_index][r.thread % 32] >= r.clock;
+    }
+    return shared || r.epoch >= block_epoch || r.epoch < launch_epoch || block_acquired;
+}
+
+static inline void read_by(Cell &c, const Record &me)
+{
+    if (c.last.thread == me.thread && c.last.epoch == me.epoch) {
+        const uint32_t bytes = c.last.bytes | me.bytes;
+        c.last = me;
+        c.last.bytes = bytes;
+        return;
+    }
+    c.before = c.last;
+    if (c.last.thread / 32 != me.thread / 32 || c.last.epoch < block_epoch)
+        c.other = c.last;
+    c.last = me;
+}
+
+static void outside(const char *p, size_t bytes, bool write)
+{
+    fail("out of bounds: %s %zu bytes at %s, which is not %s", write ? "writes" : "reads", bytes,
+         describe(p).c_str(),
+         shared_shadow.has(p) ? "shared memory of this kernel" : "an allocation of device memory");
+}
+
+static void access(const char *p, size_t bytes, bool write, bool atomic, uint32_t place)
+{
+    const bool shared = shared_shadow.has(p);
+    if (!shared && !device_shadow.has(p))
+        return;
+    if (self_index < 0) {
+        if (!shared)
+            fail("host code (%s) touches device memory at %p", place_name(place).c_str(), (void *)p);
+        return;
+    }
+    if (shared ? !in_shared(p, bytes) : !in_device(p, bytes))
+        outside(p, bytes, write);
+    const Shadow &shadow = shared ? shared_shadow : device_shadow;
+    Record me;
+    me.thread = (uint64_t)self_index & 1023, me.atomic = atomic;
+    me.clock = clocks[self_index][self_index % 32] & ((1u << 26) - 1);
+    me.epoch = epoch & ((1u << 27) - 1);
+    me.place = place;
+    for (size_t done = 0; done < bytes;) {
+        const size_t offset = (size_t)(p + done - shadow.begin), at = offset % CELL_BYTES;
+        const size_t n = bytes - done < CELL_BYTES - at ? bytes - done : CELL_BYTES - at;
+        me.bytes = ((1u << n) - 1) << at;
+        Cell &c = shadow.cells[offset / CELL_BYTES];
+        if (shared && !write && c.write.epoch < block_epoch)
+            fail("uninitialised: reads %s (%s), which no thread has written",
+                 describe(p + done).c_str(), place_name(place).c_str());
+        if ((c.write.bytes & me.bytes) && !(atomic && c.write.atomic) && !ordered(c.write, shared))
+            report(p + done, write, place, c.write, true);
+        if (write) {
+            for (const Record *r : {&c.last, &c.before, &c.other})
+                if ((r->bytes & me.bytes) && !ordered(*r, shared))
+                    report(p + done, true, place, *r, false);
+            const uint32_t both = c.write.thread == me.thread && c.write.epoch == me.epoch
+                                      ? c.write.bytes | me.bytes
+                                      : me.bytes;
+            c.write = me;
+            c.write.bytes = both;
+        } else {
+            read_by(c, me);
+        }
+        done += n;
+    }
+}
+
+void race_access(const void *p, size_t bytes, bool write, const char *file, int line)
+{
+    access((const char *)p, bytes, write, false, site(file, line));
+}
+
+void race_atomic(const void *p, size_t bytes)
+{
+    access((const char *)p, bytes, true, true, place_of(__builtin_return_address(0)));
+    if (!shared_shadow.has(p))
+        block_acquired = true;
+}
+
+// ------------------------------------------------------------------ what orders
+void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes)
+{
+    shared_shadow.cover(shared, shared_bytes);
+    if (epoch > LAST_EPOCH / 2) {
+        shared_shadow.forget();
+        device_shadow.forget();
+        epoch = 1;
+    }
+    launch_epoch = ++epoch;
+    blocks.clear();
+    grid = kernel.grid;
+    for (auto &c : clocks)
+        for (uint32_t &lane : c)
+            lane = 0;
+}
+
+void race_block(unsigned number)
+{
+    block_epoch = ++epoch;
+    block_acquired = false;
+    blocks.push_back({epoch, number});
+    for (int t = 0; t < 1024; t++) {
+        memset(clocks[t], 0, sizeof clocks[t]);
+        clocks[t][t % 32] = 1;
+    }
+}
+
+void race_barrier() { epoch++; }
+
+void race_collective(int warp, uint32_t lanes)
+{
+    uint32_t all[32] = {};
+    for (int l = 0; l < 32; l++)
+        if (lanes >> l & 1)
+            for (int i = 0; i < 32; i++) {
+                const uint32_t c = clocks[warp * 32 + l][i];
+                all[i] = all[i] > c ? all[i] : c;
+            }
+    for (int l = 0; l < 32; l++)
+        if (lanes >> l & 1) {
+            memcpy(clocks[warp * 32 + l], all, sizeof all);
+            clocks[warp * 32 + l][l]++;
+        }
+}
+
+} // namespace pm_host
+
+// ------------------------------------------------------------------ what the compiler calls
+#define ACCESS(name, bytes, write)                                                                 \
+    extern "C" void __tsan_##name(void *p)                                                         \
+    {                                                                                              \
+        pm_host::access((char *)p, bytes, write, false,                                            \
+                        pm_host::place_of(__builtin_return_address(0)));                           \
+    }
+#define ACCESSES(bytes)                                                                            \
+    ACCESS(read##bytes, bytes, false)                                                              \
+    ACCESS(write##bytes, bytes, true)                                                              \
+    ACCESS(unaligned_read##bytes, bytes, false)                                                    \
+    ACCESS(unaligned_write##bytes, bytes, true)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+extern "C" void __tsan_read_range(void *p, size_t bytes)
+{
+    pm_host::access((char *)p, bytes, false, false, pm_host::place_of(__builtin_return_address(0)));
+}
+extern "C" void __tsan_write_range(void *p, size_t bytes)
+{
+    pm_host::access((char *)p, bytes, true, false, pm_host::place_of(__builtin_return_address(0)));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void *) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_vptr_update(void *, void *) {}
+extern "C" void __tsan_vptr_read(void *) {}
+#endif
