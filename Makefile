@@ -1,10 +1,14 @@
 # make build | test | demo | asan | numpy1 | lint | format | bench | clean
+# CUDA: make build-cuda (needs nvcc) | test-cuda (needs neither nvcc nor a GPU) | gpu-test | gpu-sanitize | gpu-bench
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 C_FILES := $(shell find csrc -name '*.c' -o -name '*.h' -o -name '*.def')
 
-.PHONY: build test demo asan numpy1 lint format bench clean
+# The CUDA library is a target of its own here; pip install builds it by PROMOE_CUDA (setup.py).
+export PROMOE_CUDA ?= 0
+
+.PHONY: build test demo asan numpy1 lint format bench clean build-cuda test-cuda gpu-test gpu-sanitize gpu-bench
 build: $(VENV)/built
 
 $(VENV)/ready: pyproject.toml
@@ -19,7 +23,21 @@ $(VENV)/built: $(VENV)/ready setup.py $(C_FILES)
 	touch $@
 
 test: build
-	$(PY) -m pytest
+	$(PY) -m pytest --ignore=tests/cuda
+
+$(VENV)/cuda: $(VENV)/ready
+	$(PY) kernels/build.py --find >/dev/null 2>&1 || $(PY) -m pip install --quiet --disable-pip-version-check 'nvidia-cublas>=13,<14'
+	touch $@
+
+# promoe/_cuda.so, and what ptxas says of every kernel. One file alone: make build-cuda KERNEL=linear
+build-cuda: $(VENV)/cuda
+	$(PY) kernels/build.py $(if $(KERNEL),--only $(KERNEL),--resources benchmarks/results/cuda-kernels.json)
+
+# The kernels on the CPU, every thread a fibre: the tests of the ops on device="cuda-on-cpu", then those of
+# the backend. A part of it: make test-cuda PYTEST="-k linear"
+test-cuda: build
+	PROMOE_TEST_DEVICE=cuda-on-cpu $(PY) -m pytest -q tests/ops tests/binding/test_contract.py $(PYTEST)
+	$(PY) -m pytest -q tests/cuda $(PYTEST)
 
 # Trains a small ProMoE on handwritten digits and judges its samples: runs/demo. A run that was stopped is
 # continued; after a finished one the pictures and figures are made anew (rm -r runs/demo to train again).
@@ -33,7 +51,7 @@ demo: build
 ASAN := build/asan
 asan: build
 	rm -rf $(ASAN) && mkdir -p $(ASAN)
-	cp -rp csrc promoe tests benchmarks examples docs pyproject.toml setup.py Makefile *.md LICENSE $(ASAN)/
+	cp -rp csrc kernels promoe tests benchmarks examples docs pyproject.toml setup.py Makefile *.md LICENSE $(ASAN)/
 	rm -f $(ASAN)/promoe/*.so
 	cd $(ASAN) && PROMOE_CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
 		PROMOE_LDFLAGS='-fsanitize=address,undefined' $(CURDIR)/$(PY) setup.py --quiet build_ext --inplace

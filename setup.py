@@ -1,8 +1,13 @@
-"""Builds promoe._core: the C core and the extension, with nothing but a C compiler and NumPy."""
+"""Builds promoe._core: the C core and the extension, with nothing but a C compiler and NumPy.
+
+And promoe/_cuda.so, the CUDA backend, as PROMOE_CUDA says: auto (when nvcc and cuBLAS are there), 1 (or
+fail), 0 (never). promoe/_cuda.txt says what came of it.
+"""
 
 import json
 import os
 import re
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -38,6 +43,26 @@ def write_contracts(path):
     path.write_text("".join(lines))
 
 
+def build_cuda(folder, temporary):
+    """folder/_cuda.so, or the reason why not, in folder/_cuda.txt."""
+    wish = os.environ.get("PROMOE_CUDA", "auto")
+    if wish not in ("auto", "1", "0"):
+        raise ValueError(f"PROMOE_CUDA={wish}: one of auto, 1, 0")
+    if wish == "0":
+        return
+    cuda = runpy.run_path("kernels/build.py")
+    library, said = folder / "_cuda.so", folder / "_cuda.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found, _ = cuda["build"](library, temporary)
+        said.write_text(cuda["describe"](found) + "\n")
+    except cuda["Missing"] as e:
+        if wish == "1":
+            raise RuntimeError(f"PROMOE_CUDA=1, but the CUDA backend cannot be built: {e}") from None
+        said.write_text(f"not built: {e}\n")
+        print(f"promoe: without the CUDA backend: {e}")
+
+
 class ParallelBuild(build_ext):
     """Compiles the files of the extension side by side, one per CPU."""
 
@@ -54,6 +79,7 @@ class ParallelBuild(build_ext):
 
         self.compiler.compile = compile_side_by_side
         super().build_extensions()
+        build_cuda(Path(self.get_ext_fullpath("promoe._core")).parent, Path(self.build_temp) / "cuda")
 
 
 setup(

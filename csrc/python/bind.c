@@ -607,7 +607,6 @@ static PyObject *result(const call *c)
 /* The backend of the keywords device and compute. */
 static const pm_backend *backend_of(const call *c, PyObject *module)
 {
-    const pm_backend *here = core_get_state(module)->backend;
     const char *words[2];
     char who[80];
     for (int i = 0; i < 2; i++) {
@@ -621,7 +620,7 @@ static const pm_backend *backend_of(const call *c, PyObject *module)
             return NULL;
     }
     if (!c->where[0] && !c->where[1])
-        return here;
+        return core_get_state(module)->ops_backend;
     snprintf(who, sizeof who, "%s_%s", FUNCTION(c));
     return core_find_backend(module, who, words[0], words[1]);
 }

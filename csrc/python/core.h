@@ -15,8 +15,9 @@
 
 /* The state of one import of the module. The thread pool is not here: there is one per process. */
 typedef struct {
-    const pm_backend *backend; /* chosen at import */
-    PyTypeObject *model_type;  /* promoe._core._Model */
+    const pm_backend *backend;     /* chosen at import */
+    const pm_backend *ops_backend; /* where ops run when nobody says; another one in tests */
+    PyTypeObject *model_type;      /* promoe._core._Model */
 } core_state;
 
 core_state *core_get_state(PyObject *module);

@@ -239,6 +239,18 @@ static PyObject *poison(PyObject *Py_UNUSED(module), PyObject *on)
     Py_RETURN_NONE;
 }
 
+static PyObject *ops_device(PyObject *module, PyObject *args)
+{
+    const char *device, *compute;
+    if (!PyArg_ParseTuple(args, "ss:_ops_device", &device, &compute))
+        return NULL;
+    const pm_backend *backend = core_find_backend(module, "_ops_device", device, compute);
+    if (!backend)
+        return NULL;
+    core_get_state(module)->ops_backend = backend;
+    Py_RETURN_NONE;
+}
+
 /* ---------------------------------------------------------------- the module */
 
 static PyMethodDef functions[] = {
@@ -251,6 +263,9 @@ static PyMethodDef functions[] = {
      "calls it off."},
     {"_allocations", allocations, METH_NOARGS,
      "_allocations($module, /)\n--\n\nFor tests: how many allocations there were."},
+    {"_ops_device", ops_device, METH_VARARGS,
+     "_ops_device($module, device, compute, /)\n--\n\nFor tests: where ops run when a call does not "
+     "say."},
     {"_poison", poison, METH_O,
      "_poison($module, on, /)\n--\n\nFor tests: scratch and new outputs begin as 0xff bytes (NaN, "
      "-1)."},
@@ -267,6 +282,7 @@ static int core_exec(PyObject *module)
         PyErr_SetString(PyExc_ImportError, message);
         return -1;
     }
+    state->ops_backend = state->backend;
     if (ops_py_register(module) < 0)
         return -1;
     return model_py_register(module);

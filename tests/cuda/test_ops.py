@@ -1,0 +1,82 @@
+"""Every op on the CUDA backend, whose kernels run on the CPU here: all cases of its oracle, in fp32 with the
+CPU's tolerances and in bf16. (PROMOE_TEST_DEVICE=cuda-on-cpu runs the rest of the ops' tests there, too.)"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from promoe import ops
+from tests.ops.common import cast, compare, make, make_upstream, oracle
+
+DEVICE = os.environ.get("PROMOE_TEST_DEVICE", "cuda-on-cpu")
+KERNELS = Path(__file__).parents[2] / "kernels"
+# Ops whose kernels are not there yet: empty when the backend is done.
+MISSING = [op for op in ops.names() if not (KERNELS / f"{op}.cu").exists()]
+CASES = [(op, case) for op in ops.names() if op not in MISSING for case in oracle(op).CASES]
+BF16 = 2e-2  # of the largest value: two roundings to 8 bits and what they lead to
+
+
+def functions(op, compute):
+    def call(which, arguments):
+        return getattr(ops, f"{op}_{which}")(**arguments, device=DEVICE, compute=compute)
+    return call
+
+
+def run(op, case, compute):
+    """(inputs, outputs, upstream gradients, gradients or None)."""
+    call, inputs = functions(op, compute), make(op, case)
+    outs = call("forward", inputs)
+    if not hasattr(ops, f"{op}_backward"):
+        return inputs, outs, {}, None
+    upstream = make_upstream(op, case, outs)
+    return inputs, outs, upstream, call("backward", {**inputs, **outs, **upstream})
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_fp32(op, case):
+    inputs, outs, upstream, grads = run(op, case, "fp32")
+    compare(op, outs, inputs)
+    if grads is not None:
+        compare(op, grads, inputs, which="backward", **upstream)
+
+
+def close_in_bf16(op, got, truth):
+    for name, value in truth.items():
+        value = np.asarray(value)
+        if value.dtype.kind in "iu":
+            continue
+        largest = np.abs(value).max(initial=0.0)
+        error = np.abs(got[name] - value).max(initial=0.0)
+        assert error <= BF16 * max(largest, 1e-3), f"{op} {name}: error {error:.2e}, largest {largest:.2e}"
+
+
+def round_bf16(array):
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_bf16(op, case):
+    inputs, outs, upstream, grads = run(op, case, "bf16")
+    exact = cast(inputs, np.float64)
+    close_in_bf16(op, outs, oracle(op).forward(**exact))
+    if grads is not None:
+        close_in_bf16(op, grads, oracle(op).backward(**exact, **cast(upstream, np.float64)))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("op, case", [(op, case) for op, case in CASES if case == list(oracle(op).CASES)[-1]])
+def test_two_runs_have_the_same_bits(op, case, compute):
+    runs = [run(op, case, compute) for _ in range(2)]
+    for first, second in zip(runs[0][1::2], runs[1][1::2]):
+        for name in first or ():
+            assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_bf16_rounds_activations_and_nothing_else():
+    """What an op returns as an activation has 8 bits; what is float32 in its contract has them all."""
+    _, outs, _, grads = run("linear", "many_tokens", "bf16")
+    assert (round_bf16(outs["y"]) == outs["y"]).all() and (round_bf16(grads["dx"]) == grads["dx"]).all()
+    assert (round_bf16(grads["dweight"]) != grads["dweight"]).any()
