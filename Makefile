@@ -71,7 +71,7 @@ $(VENV)/linters: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check 'clang-format==18.1.8' 'ruff==0.17.6'
 	touch $@
 
-FORMATTED = $(shell git ls-files 'csrc/*.c' 'csrc/*.h')
+FORMATTED = $(shell git ls-files 'csrc/*.c' 'csrc/*.h' 'kernels/*.cu' 'kernels/*.cuh')
 lint: build $(VENV)/linters
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 	$(VENV)/bin/ruff check .

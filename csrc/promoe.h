@@ -40,7 +40,7 @@ pm_status pm_fail(pm_ctx *ctx, pm_status status, const char *format, ...)
 
 #define PM_TRY(...)                                                                                \
     do {                                                                                           \
-        pm_status pm_try_status = (__VA_ARGS__);                                                         \
+        pm_status pm_try_status = (__VA_ARGS__);                                                   \
         if (pm_try_status != PM_OK)                                                                \
             return pm_try_status;                                                                  \
     } while (0)

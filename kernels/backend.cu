@@ -80,9 +80,9 @@ pm_status gpu_write(pm_ctx *ctx, void *to, const void *host, size_t bytes)
         const size_t room = HALF - self.filled, piece = bytes < room ? bytes : room;
         char *const staged = self.staging + (size_t)self.half * HALF + self.filled;
         memcpy(staged, host, piece);
-        PM_TRY(pm_cuda(ctx, "write",
-                       cudaMemcpyAsync(to, staged, piece, cudaMemcpyHostToDevice,
-                                       self.gpu.stream)));
+        PM_TRY(
+            pm_cuda(ctx, "write",
+                    cudaMemcpyAsync(to, staged, piece, cudaMemcpyHostToDevice, self.gpu.stream)));
         const size_t used = (piece + 15) & ~(size_t)15; // stays aligned
         self.filled = used < room ? self.filled + used : HALF;
         to = static_cast<char *>(to) + piece;
@@ -102,12 +102,13 @@ pm_status gpu_sync(pm_ctx *ctx)
     const unsigned long long found = *self.fault_found;
     if (found == NO_FAULT)
         return PM_OK;
-    PM_TRY(pm_cuda(ctx, "sync",
-                   cudaMemsetAsync(self.gpu.fault, 0xff, sizeof found, self.gpu.stream)));
-    const unsigned long long code = found >> 48, index = found & (((unsigned long long)1 << 48) - 1);
+    PM_TRY(
+        pm_cuda(ctx, "sync", cudaMemsetAsync(self.gpu.fault, 0xff, sizeof found, self.gpu.stream)));
+    const unsigned long long code = found >> 48,
+                             index = found & (((unsigned long long)1 << 48) - 1);
     if (code >= sizeof faults / sizeof *faults)
         return pm_fail(ctx, PM_EINTERNAL, "the GPU reports a fault that there is not: %llx", found);
-    // The messages are our own, and have one %lld each.
+        // The messages are our own, and have one %lld each.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
     return pm_fail(ctx, faults[code].status, faults[code].text, (long long)index);
@@ -117,9 +118,9 @@ pm_status gpu_sync(pm_ctx *ctx)
 pm_status gpu_read(pm_ctx *ctx, void *host, const void *from, size_t bytes)
 {
     if (bytes > 0)
-        PM_TRY(pm_cuda(ctx, "read",
-                       cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost,
-                                       self.gpu.stream)));
+        PM_TRY(
+            pm_cuda(ctx, "read",
+                    cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, self.gpu.stream)));
     return gpu_sync(ctx);
 }
 
@@ -127,9 +128,8 @@ pm_status gpu_copy(pm_ctx *ctx, void *to, const void *from, size_t bytes)
 {
     if (!bytes)
         return PM_OK;
-    return pm_cuda(
-        ctx, "copy",
-        cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, self.gpu.stream));
+    return pm_cuda(ctx, "copy",
+                   cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, self.gpu.stream));
 }
 
 pm_status gpu_zero(pm_ctx *ctx, void *memory, size_t bytes)
@@ -149,9 +149,8 @@ size_t shadow_bytes(const pm_ctx *ctx, int64_t F, int64_t D)
 
 pm_status shadow(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
 {
-    return ctx->backend->compute == PM_BF16
-               ? pm_round(ctx, F * D, w, static_cast<bf16 *>(derived))
-               : PM_OK;
+    return ctx->backend->compute == PM_BF16 ? pm_round(ctx, F * D, w, static_cast<bf16 *>(derived))
+                                            : PM_OK;
 }
 
 __global__ void round_kernel(int64_t n, const float *__restrict__ from, bf16 *__restrict__ to)
@@ -303,8 +302,7 @@ bool open_device(char *message, size_t bytes)
     PM_OPEN("cudaDeviceGetAttribute",
             cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
     self.gpu.shared_most = (size_t)shared;
-    PM_OPEN("cudaStreamCreate",
-            cudaStreamCreateWithFlags(&self.gpu.stream, cudaStreamNonBlocking));
+    PM_OPEN("cudaStreamCreate", cudaStreamCreateWithFlags(&self.gpu.stream, cudaStreamNonBlocking));
     PM_OPEN("cudaHostAlloc", cudaHostAlloc((void **)&self.staging, 2 * HALF, 0));
     PM_OPEN("cudaHostAlloc",
             cudaHostAlloc((void **)&self.fault_found, sizeof *self.fault_found, 0));
@@ -357,8 +355,8 @@ template <class T> void fill(pm_backend *table, pm_compute compute)
     table->derive = shadow;
 #define PM_OP(op, OP, direction)                                                                   \
     table->op.forward = op##_forward<T> ? op##_forward<T> : forward_missing<pm_##op##_args>;       \
-    table->op.workspace =                                                                          \
-        op##_workspace<T> ? op##_workspace<T> : workspace_missing<pm_##op##_args>;                 \
+    table->op.workspace = op##_workspace<T> ? op##_workspace<T>                                    \
+                                            : workspace_missing<pm_##op##_args>;                   \
     PM_TABLE_##direction(op)
 #include "../csrc/ops.def"
 #undef PM_OP

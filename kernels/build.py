@@ -74,7 +74,7 @@ def compile_one(source, found, folder):
     out, deps, log = (folder / f"{source.stem}.{s}" for s in ("o", "d", "log"))
     if all(p.exists() for p in (out, deps, log)):
         files = [Path(f) for f in deps.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
-        newest = max((f.stat().st_mtime_ns if f.exists() else sys.maxsize for f in [*files, Path(__file__)]))
+        newest = max(f.stat().st_mtime_ns if f.exists() else sys.maxsize for f in [*files, Path(__file__)])
         if newest < out.stat().st_mtime_ns:
             return out, log.read_text()
     command = [found["nvcc"], *FLAGS, *TARGETS, "-I", found["include"], "-MD", "-MF", deps, "-c", source, "-o", out]

@@ -127,8 +127,8 @@ pm_status describe(pm_ctx *ctx, const pm_dense &d, const void *bias, plan *p)
 pm_status choose(pm_ctx *ctx, const key &k, plan *p)
 {
     cublasLtMatmulPreference_t preference = nullptr;
-    PM_TRY(blas(ctx, "cublasLtMatmulPreferenceCreate",
-                cublasLtMatmulPreferenceCreate(&preference)));
+    PM_TRY(
+        blas(ctx, "cublasLtMatmulPreferenceCreate", cublasLtMatmulPreferenceCreate(&preference)));
     // The order of every sum is fixed, and partial sums are not rounded to bf16.
     const uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     const uint32_t align_a = (uint32_t)k.align_b, align_b = (uint32_t)k.align_a,
@@ -209,8 +209,7 @@ pm_status try_blas(pm_ctx *ctx, const pm_dense &d, const void *bias, bool *done)
     const float one = 1, beta = d.add ? 1 : 0;
     return blas(ctx, "cublasLtMatmul",
                 cublasLtMatmul(handle, p->description, &one, d.b, p->b, d.a, p->a, &beta, d.c, p->c,
-                               d.c, p->c, &p->algorithm, workspace, WORKSPACE,
-                               pm_device().stream));
+                               d.c, p->c, &p->algorithm, workspace, WORKSPACE, pm_device().stream));
 }
 
 // ---------------------------------------------------------------- what stands in
@@ -237,10 +236,10 @@ __global__ void __launch_bounds__(256)
             as[ka][ra] = row < rows && k0 + ka < depth
                              ? pm_float(at ? a[(k0 + ka) * rows + row] : a[row * depth + k0 + ka])
                              : 0.0f;
-            bs[kb][cb] = column < columns && k0 + kb < depth
-                             ? pm_float(bt ? b[column * depth + k0 + kb]
-                                           : b[(k0 + kb) * columns + column])
-                             : 0.0f;
+            bs[kb][cb] =
+                column < columns && k0 + kb < depth
+                    ? pm_float(bt ? b[column * depth + k0 + kb] : b[(k0 + kb) * columns + column])
+                    : 0.0f;
         }
         __syncthreads();
 #pragma unroll
@@ -312,8 +311,8 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-__global__ void column_total_kernel(int64_t chunks, int64_t columns,
-                                    const float *__restrict__ part, float *__restrict__ sums)
+__global__ void column_total_kernel(int64_t chunks, int64_t columns, const float *__restrict__ part,
+                                    float *__restrict__ sums)
 {
     const int64_t column = pm_thread();
     if (column >= columns)
@@ -340,8 +339,7 @@ __global__ void row_sum_kernel(int64_t rows, int64_t columns, const T *__restric
         sums[row] += sum;
 }
 
-template <class T, class C>
-pm_status product_without(pm_ctx *ctx, const pm_dense &d)
+template <class T, class C> pm_status product_without(pm_ctx *ctx, const pm_dense &d)
 {
     const int64_t tiles = ((d.rows + 31) / 32) * ((d.columns + 31) / 32);
     PM_RUN(ctx, (product_kernel<T, C>), (unsigned)tiles, 256, 0, d.rows, d.columns, d.depth,
@@ -350,8 +348,7 @@ pm_status product_without(pm_ctx *ctx, const pm_dense &d)
     return PM_OK;
 }
 
-template <class T, class C>
-pm_status epilogue_apart(pm_ctx *ctx, const pm_dense &d, void **scratch)
+template <class T, class C> pm_status epilogue_apart(pm_ctx *ctx, const pm_dense &d, void **scratch)
 {
     const int64_t count = d.rows * d.columns;
     if (d.epilogue == PM_EPILOGUE_NONE)
@@ -406,8 +403,7 @@ template <class T, class C> size_t pm_dense_room(const pm_dense &d)
     return vector_room<T, C>(d) + sums_room(d);
 }
 
-template <class T, class C>
-pm_status pm_dense_run(pm_ctx *ctx, const pm_dense &d, void **scratch)
+template <class T, class C> pm_status pm_dense_run(pm_ctx *ctx, const pm_dense &d, void **scratch)
 {
     if (d.rows == 0 || d.columns == 0)
         return PM_OK;

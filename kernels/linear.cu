@@ -38,9 +38,7 @@ template <class T> pm_dense forward_product(const pm_linear_args *g, const T *we
     p.a = g->x;
     p.b = weight, p.bt = true;
     p.c = silu && g->pre ? g->pre : g->y;
-    p.epilogue = gelu      ? PM_EPILOGUE_BIAS_GELU
-                 : g->bias ? PM_EPILOGUE_BIAS
-                           : PM_EPILOGUE_NONE;
+    p.epilogue = gelu ? PM_EPILOGUE_BIAS_GELU : g->bias ? PM_EPILOGUE_BIAS : PM_EPILOGUE_NONE;
     p.bias = g->bias;
     p.pre = gelu ? g->pre : nullptr;
     return p;
@@ -73,8 +71,7 @@ pm_dense dweight_product(const pm_linear_args *g, const void *gy, float *dweight
 
 } // namespace
 
-template <class T>
-size_t linear_workspace(const pm_ctx *, const pm_linear_args *g, bool backward)
+template <class T> size_t linear_workspace(const pm_ctx *, const pm_linear_args *g, bool backward)
 {
     const size_t weight = pm_weight_room<T>(g->weight, g->F * g->D);
     if (!backward)
@@ -84,8 +81,7 @@ size_t linear_workspace(const pm_ctx *, const pm_linear_args *g, bool backward)
            pm_dense_room<T, float>(dweight_product(g, nullptr, nullptr, &any));
 }
 
-template <class T>
-pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scratch)
+template <class T> pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scratch)
 {
     const T *weight;
     PM_TRY(pm_weight_as<T>(ctx, g->weight, g->F * g->D, &scratch, &weight));
@@ -115,9 +111,9 @@ pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_linear_
     }
     if (d->dweight)
         return pm_dense_run<T, float>(ctx, dweight_product(g, gy, d->dweight, d->dbias), &scratch);
-    return d->dbias ? pm_column_sums<T>(ctx, g->N, g->F, static_cast<const T *>(gy), d->dbias,
-                                        &scratch)
-                    : PM_OK;
+    return d->dbias
+               ? pm_column_sums<T>(ctx, g->N, g->F, static_cast<const T *>(gy), d->dbias, &scratch)
+               : PM_OK;
 }
 
 PM_INSTANTIATE_BOTH(linear)

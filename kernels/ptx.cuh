@@ -81,10 +81,10 @@ PM_PTX uint32_t pm_tf32(float x)
 // the rows of matrix i (lanes that are not needed: any aligned address in shared memory); r[i] gets
 // elements 2t, 2t+1 of row g of matrix i. _trans: of the transposed matrix.
 #define PM_LDMATRIX(name, count, modifier, outputs, ...)                                           \
-    PM_PTX void name(uint32_t (&r)[count], const void *row)                                        \
+    PM_PTX void name(uint32_t(&r)[count], const void *row)                                         \
     {                                                                                              \
         asm volatile("ldmatrix.sync.aligned.m8n8.x" #count modifier ".shared.b16 " outputs         \
-                     : __VA_ARGS__                                                                 \
+:__VA_ARGS__                                                                                       \
                      : "r"(pm_shared_address(row))                                                 \
                      : "memory");                                                                  \
     }

@@ -158,9 +158,10 @@ const pm_backend *core_find_backend(PyObject *module, const char *who, const cha
     char message[1024];
     const int kind = compute_of(compute);
     if (kind < 0) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: compute = '%s' is not there: one of 'fp32', 'bf16', 'bf16-emulated', 'tf32'", who,
-                     compute);
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: compute = '%s' is not there: one of 'fp32', 'bf16', 'bf16-emulated', 'tf32'", who,
+            compute);
         return NULL;
     }
     const char *const level = core_get_state(module)->backend->level;
@@ -264,7 +265,8 @@ static PyMethodDef functions[] = {
     {"_allocations", allocations, METH_NOARGS,
      "_allocations($module, /)\n--\n\nFor tests: how many allocations there were."},
     {"_ops_device", ops_device, METH_VARARGS,
-     "_ops_device($module, device, compute, /)\n--\n\nFor tests: where ops run when a call does not "
+     "_ops_device($module, device, compute, /)\n--\n\nFor tests: where ops run when a call does "
+     "not "
      "say."},
     {"_poison", poison, METH_O,
      "_poison($module, on, /)\n--\n\nFor tests: scratch and new outputs begin as 0xff bytes (NaN, "
