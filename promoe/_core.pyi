@@ -109,16 +109,18 @@ def silu_backward(
 ) -> Arrays: ...
 def residual_layernorm_modulate_forward(
     x: F32, branch: F32 | None = None, gate: F32 | None = None, shift: F32 | None = None,
-    scale: F32 | None = None, *, xo: F32 | None = None, y: F32 | None = None,
-    mean: F32 | None = None, rstd: F32 | None = None, eps: float = 1e-06, B: int | None = None,
-    T: int | None = None, D: int | None = None, device: str = "cpu", compute: str = "fp32",
+    scale: F32 | None = None, cond: I32 | None = None, *, xo: F32 | None = None,
+    y: F32 | None = None, mean: F32 | None = None, rstd: F32 | None = None, eps: float = 1e-06,
+    B: int | None = None, C: int | None = None, T: int | None = None, D: int | None = None,
+    device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def residual_layernorm_modulate_backward(
     x: F32, branch: F32 | None = None, gate: F32 | None = None, shift: F32 | None = None,
-    scale: F32 | None = None, *, xo: F32 | None = None, y: F32 | None = None, mean: F32,
-    rstd: F32, dxo: F32 | None = None, dy: F32, dx: F32 | None = None, dbranch: F32 | None = None,
-    dgate: F32 | None = None, dshift: F32 | None = None, dscale: F32 | None = None,
-    eps: float = 1e-06, B: int | None = None, T: int | None = None, D: int | None = None,
+    scale: F32 | None = None, cond: I32 | None = None, *, xo: F32 | None = None,
+    y: F32 | None = None, mean: F32, rstd: F32, dxo: F32 | None = None, dy: F32,
+    dx: F32 | None = None, dbranch: F32 | None = None, dgate: F32 | None = None,
+    dshift: F32 | None = None, dscale: F32 | None = None, eps: float = 1e-06,
+    B: int | None = None, C: int | None = None, T: int | None = None, D: int | None = None,
     device: str = "cpu", compute: str = "fp32",
 ) -> Arrays: ...
 def attention_forward(

@@ -40,18 +40,24 @@ static size_t residual_layernorm_modulate_workspace(const pm_ctx *ctx,
 
 /* ---------------------------------------------------------------- forward */
 
-/* Rows of the per-image inputs; NULL where absent. */
-static inline const float *rlm_row(const float *matrix, int64_t b, int64_t ld)
+/* A row of an input; NULL where absent. */
+static inline const float *rlm_row(const float *matrix, int64_t row, int64_t ld)
 {
-    return matrix ? matrix + b * ld : NULL;
+    return matrix ? matrix + row * ld : NULL;
 }
 
-static inline void rlm_forward_token(const pm_residual_layernorm_modulate_args *g, int64_t b,
+/* The row of gate, shift and scale that image b has. */
+static inline int64_t rlm_condition(const pm_residual_layernorm_modulate_args *g, int64_t b)
+{
+    return g->cond ? g->cond[b] : b;
+}
+
+static inline void rlm_forward_token(const pm_residual_layernorm_modulate_args *g, int64_t c,
                                      int64_t row)
 {
     const int64_t D = g->D;
-    const float *gate = rlm_row(g->gate, b, g->gate_ld);
-    const float *shift = rlm_row(g->shift, b, g->mod_ld), *scale = rlm_row(g->scale, b, g->mod_ld);
+    const float *gate = rlm_row(g->gate, c, g->gate_ld);
+    const float *shift = rlm_row(g->shift, c, g->mod_ld), *scale = rlm_row(g->scale, c, g->mod_ld);
     const float *x = g->x + row * D, *branch = rlm_row(g->branch, row, D);
     float *y = g->y + row * D;
 
@@ -111,8 +117,9 @@ static void rlm_forward_task(void *arg, int64_t task, int worker)
     const int64_t T = j->g->T, end = pm_min(j->g->B * j->cut.chunks, (task + 1) * j->cut.group);
     for (int64_t chunk = task * j->cut.group; chunk < end; chunk++) {
         int64_t b = chunk / j->cut.chunks, t = chunk % j->cut.chunks * j->cut.tokens;
+        const int64_t c = rlm_condition(j->g, b);
         for (int64_t stop = pm_min(T, t + j->cut.tokens); t < stop; t++)
-            rlm_forward_token(j->g, b, b * T + t);
+            rlm_forward_token(j->g, c, b * T + t);
     }
 }
 
@@ -143,11 +150,11 @@ static inline vf rlm_xhat(const float *x, const float *gate, const float *add, i
 
 /* One token; dgate, dshift and dscale are the slots of its chunk (+=), NULL where not wanted. */
 static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args *g,
-                                      const pm_residual_layernorm_modulate_grads *d, int64_t b,
+                                      const pm_residual_layernorm_modulate_grads *d, int64_t c,
                                       int64_t row, float *dgate, float *dshift, float *dscale)
 {
     const int64_t D = g->D;
-    const float *gate = rlm_row(g->gate, b, g->gate_ld), *scale = rlm_row(g->scale, b, g->mod_ld);
+    const float *gate = rlm_row(g->gate, c, g->gate_ld), *scale = rlm_row(g->scale, c, g->mod_ld);
     const float *branch = rlm_row(g->branch, row, D), *dy = d->dy + row * D;
     const float *x = (g->xo ? g->xo : g->x) + row * D, *dxo = rlm_row(d->dxo, row, D);
     const float *add = g->xo ? NULL : branch; /* xo was not kept: x + gate * branch again */
@@ -173,11 +180,11 @@ static inline void rlm_backward_token(const pm_residual_layernorm_modulate_args 
      *   dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
      * xo = x + gate * branch:
      *   dbranch = gate * dx, dgate += branch * dx */
-    const vf a = v_set(v_sum(sum) / (float)D), c = v_set(-v_sum(dot) / (float)D);
+    const vf a = v_set(v_sum(sum) / (float)D), e = v_set(-v_sum(dot) / (float)D);
     for (int64_t i = 0; i < D; i += PM_WIDTH) {
         vf up = v_get(dy + i, D - i);
         vf dxhat = scale ? v_fma(up, v_get(scale + i, D - i), up) : up;
-        vf v = rstd * v_fma(rlm_xhat(x, gate, add, i, D, mean, rstd), c, dxhat - a);
+        vf v = rstd * v_fma(rlm_xhat(x, gate, add, i, D, mean, rstd), e, dxhat - a);
         if (dxo)
             v += v_get(dxo + i, D - i);
         if (dx)
@@ -204,33 +211,41 @@ static void rlm_backward_task(void *arg, int64_t task, int worker)
                 memset(sums[s], 0, (size_t)D * sizeof(float));
         }
         int64_t b = chunk / j->cut.chunks, t = chunk % j->cut.chunks * j->cut.tokens;
+        const int64_t c = rlm_condition(j->g, b);
         for (int64_t stop = pm_min(T, t + j->cut.tokens); t < stop; t++)
-            rlm_backward_token(j->g, j->d, b, b * T + t, sums[0], sums[1], sums[2]);
+            rlm_backward_token(j->g, j->d, c, b * T + t, sums[0], sums[1], sums[2]);
     }
 }
 
-/* The chunks of an image, in order: the sums over T. One image per task. */
-static void rlm_sum_chunks(const float *slots, int64_t chunks, int64_t D, float *out)
+/* out (D) = the sum of the chunks of condition c: image by image, each in order. */
+static void rlm_sum_chunks(const rlm_job *j, const float *slots, int64_t c, float *out)
 {
+    const pm_residual_layernorm_modulate_args *g = j->g;
+    const int64_t D = g->D, chunks = j->cut.chunks;
+    const int64_t begin = g->cond ? 0 : c, end = g->cond ? g->B : c + 1;
     for (int64_t i = 0; i < D; i += PM_WIDTH) {
         vf sum = v_zero();
-        for (int64_t c = 0; c < chunks; c++)
-            sum += v_get(slots + c * D + i, D - i);
+        for (int64_t b = begin; b < end; b++) {
+            if (rlm_condition(g, b) != c)
+                continue;
+            for (int64_t k = b * chunks; k < (b + 1) * chunks; k++)
+                sum += v_get(slots + k * D + i, D - i);
+        }
         v_put(out + i, sum, D - i);
     }
 }
-static void rlm_sum_task(void *arg, int64_t b, int worker)
+/* One condition per task. */
+static void rlm_sum_task(void *arg, int64_t c, int worker)
 {
     (void)worker;
     const rlm_job *j = arg;
     const pm_residual_layernorm_modulate_args *g = j->g;
-    const int64_t chunks = j->cut.chunks, D = g->D, at = b * chunks * D;
     if (j->gate)
-        rlm_sum_chunks(j->gate + at, chunks, D, j->d->dgate + b * g->gate_ld);
+        rlm_sum_chunks(j, j->gate, c, j->d->dgate + c * g->gate_ld);
     if (j->shift)
-        rlm_sum_chunks(j->shift + at, chunks, D, j->d->dshift + b * g->mod_ld);
+        rlm_sum_chunks(j, j->shift, c, j->d->dshift + c * g->mod_ld);
     if (j->scale)
-        rlm_sum_chunks(j->scale + at, chunks, D, j->d->dscale + b * g->mod_ld);
+        rlm_sum_chunks(j, j->scale, c, j->d->dscale + c * g->mod_ld);
 }
 
 static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx,
@@ -238,7 +253,7 @@ static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx,
                                                       const pm_residual_layernorm_modulate_grads *d,
                                                       void *scratch)
 {
-    if (!g->B || !g->D)
+    if (!g->D)
         return PM_OK;
     rlm_job job = {.g = g, .d = d, .cut = rlm_plan(g)};
     const size_t bytes = rlm_slots(g) * sizeof(float);
@@ -249,6 +264,6 @@ static pm_status residual_layernorm_modulate_backward(pm_ctx *ctx,
     pm_parallel(ctx->pool, pm_blocks(g->B * job.cut.chunks, job.cut.group), rlm_backward_task,
                 &job);
     if (job.gate || job.shift || job.scale)
-        pm_parallel(ctx->pool, g->B, rlm_sum_task, &job);
+        pm_parallel(ctx->pool, g->C, rlm_sum_task, &job);
     return PM_OK;
 }

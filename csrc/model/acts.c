@@ -78,6 +78,7 @@ static void place_training_blocks(const pm_config *c, int64_t B, int64_t N, curs
         const pm_ffn f = pm_ffn_of(c, i);
         *b = (pm_block_acts){0};
         b->mod = take_act(at, B * 6 * D);
+        b->dmod = take_act(at, B * 6 * D);
         b->x1 = i == 0 ? a->tokens : take(at, N * D);
         b->mean1 = take(at, N);
         b->rstd1 = take(at, N);
@@ -100,13 +101,11 @@ static void place_training_blocks(const pm_config *c, int64_t B, int64_t N, curs
 }
 
 /* Inference: one stream, updated in place; one modulated buffer, reused by attention (which
- * reads only qkv); one branch; two adaLN buffers, because a block's last gate is read by the
- * next block. */
+ * reads only qkv); one branch. */
 static void place_inference_blocks(const pm_config *c, int64_t B, int64_t N, cursor *at, pm_acts *a)
 {
     const int64_t D = c->hidden, HK = c->heads * c->head;
     pm_block_acts all = {0};
-    pm_act *const mod[2] = {take_act(at, B * 6 * D), take_act(at, B * 6 * D)};
     all.x1 = all.x2 = a->tokens;
     all.y1 = all.y2 = all.heads = take_act(at, N * larger(D, HK));
     all.qkv = take_act(at, N * 3 * HK);
@@ -114,7 +113,7 @@ static void place_inference_blocks(const pm_config *c, int64_t B, int64_t N, cur
     const pm_route_acts route = c->experts > 0 ? place_shared_route(c, N, at) : (pm_route_acts){0};
     for (int64_t i = 0; i < c->depth; i++) {
         a->blocks[i] = all;
-        a->blocks[i].mod = mod[i % 2];
+        a->blocks[i].mod = take_act(at, a->most_conditions * 6 * D);
         if (pm_has_experts(c, i))
             place_route(c, B, N, false, at, &route, &a->blocks[i].route);
     }
@@ -130,8 +129,6 @@ static void place_backward(const pm_config *c, int64_t B, int64_t N, cursor *at,
     a->dbranch = take_act(at, N * D);
     a->dy = take_act(at, N * larger(D, HK));
     a->dqkv = take_act(at, N * 3 * HK);
-    a->dmod = take_act(at, B * 6 * D);
-    a->dmod_next = take_act(at, B * 6 * D);
     a->dfinal_mod = take_act(at, B * 2 * D);
     if (c->experts > 0) {
         a->drow_weight = take(at, N * c->top_k);
@@ -151,10 +148,16 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_byt
     cursor at = {base, 0, act_bytes};
     const bool train = mode == PM_TRAINING;
     const int64_t D = c->hidden, V = pm_voxels(c), N = B * pm_tokens(c);
-    pm_acts a = {.B = B, .N = N, .mode = mode, .blocks = acts->blocks};
+    /* With guidance in two passes there is one label more than there are images in a pass. */
+    const int64_t Q = train ? B : larger(B + 1, PM_FEW_CONDITIONS);
+    pm_acts a = {.B = B,
+                 .N = N,
+                 .mode = mode,
+                 .conditions = Q,
+                 .most_conditions = Q,
+                 .blocks = acts->blocks};
 
     a.x = take(&at, B * c->channels * V);
-    a.t = take(&at, B);
     a.y = take64(&at, B);
     a.key = take64(&at, 2);
     a.schedule = take64(&at, 3);
@@ -163,12 +166,15 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_byt
         a.y0 = take64(&at, B);
         a.target = take(&at, B * c->channels * V);
     }
-    a.angles = take_act(&at, B * PM_TIME_FEATURES);
-    a.time_pre = train ? take_act(&at, B * D) : NULL;
-    a.time_h = take_act(&at, B * D);
-    a.time = take_act(&at, B * D);
-    a.c = take_act(&at, B * D);
-    a.silu_c = take_act(&at, B * D);
+    a.t = take(&at, Q);
+    a.label = train ? a.y : take64(&at, Q);
+    a.condition = train ? NULL : take(&at, B);
+    a.angles = take_act(&at, Q * PM_TIME_FEATURES);
+    a.time_pre = train ? take_act(&at, Q * D) : NULL;
+    a.time_h = take_act(&at, Q * D);
+    a.time = take_act(&at, Q * D);
+    a.c = take_act(&at, Q * D);
+    a.silu_c = take_act(&at, Q * D);
     a.part = c->experts > 0 ? take(&at, N) : NULL;
     a.tokens = take(&at, N * D);
     if (train)
@@ -177,7 +183,7 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_byt
         place_inference_blocks(c, B, N, &at, &a);
 
     const pm_block_acts *last = &a.blocks[c->depth - 1];
-    a.final_mod = take_act(&at, B * 2 * D);
+    a.final_mod = take_act(&at, Q * 2 * D);
     a.final_x = train ? take(&at, N * D) : last->x2;
     a.final_mean = train ? take(&at, N) : NULL;
     a.final_rstd = train ? take(&at, N) : NULL;

@@ -4,13 +4,20 @@
  * set of buffers, and what only backward needs is NULL. Choices and weights of the router stay
  * per layer in both (they are small, and Model.routing shows them). Everything here is backend
  * memory: no code in model/ looks at what a pointer points to. A pm_act is a number of the
- * backend's own size (promoe.h). N = B*T. */
+ * backend's own size (promoe.h). N = B*T.
+ *
+ * Time and label reach the network only through the condition of an image, so whatever is computed
+ * from them has a row for each condition and not for each image. In inference a condition is a
+ * (time, label) pair that occurs: images that share one share its row, and the sampler works out
+ * those of several steps at a time. In training it is an image. */
 #ifndef PM_MODEL_ACTS_H
 #define PM_MODEL_ACTS_H
 
 #include "config.h"
 
 typedef enum { PM_INFERENCE, PM_TRAINING } pm_mode;
+
+enum { PM_FEW_CONDITIONS = 16 }; /* there is always room for so many: a tile of every product */
 
 /* What the router and the plan leave. R = N*A rows, G plan groups. */
 typedef struct {
@@ -33,7 +40,7 @@ typedef struct {
 /* One block. The residual stream x1 = stream before + gate * branch of the sublayer before; the
  * LayerNorm op that reads the stream does that addition. */
 typedef struct {
-    pm_act *mod;          /* (B, 6 D): shift, scale, gate of attention, then of the FFN */
+    pm_act *mod, *dmod;   /* (conditions, 6 D): shift, scale, gate of attention, then of the FFN */
     float *x1;            /* (N, D) the stream that attention reads */
     float *mean1, *rstd1; /* (N) */
     pm_act *y1;           /* (N, D) modulated */
@@ -53,23 +60,27 @@ typedef struct {
 typedef struct {
     int64_t B, N;
     pm_mode mode;
+    int64_t conditions, most_conditions; /* in use; at most */
 
     /* what goes in: V voxels, C channels */
     int64_t *key;  /* (2) seed and position of the draws */
     float *x0;     /* (B, C, V) clean data */
     int64_t *y0;   /* (B) labels before the drop */
-    float *x, *t;  /* (B, C, V), (B) */
+    float *x;      /* (B, C, V) */
     int64_t *y;    /* (B) labels */
     float *target; /* (B, C, V) */
 
-    pm_act *angles;            /* (B, 256) */
-    pm_act *time_pre, *time_h; /* (B, D) first time layer: before and after SiLU */
-    pm_act *time;              /* (B, D) time embedding */
-    pm_act *c, *silu_c;        /* (B, D) */
+    float *t;                  /* (conditions) */
+    int64_t *label;            /* (conditions) in training y itself */
+    int32_t *condition;        /* (B) of each image; NULL in training */
+    pm_act *angles;            /* (conditions, 256) */
+    pm_act *time_pre, *time_h; /* (conditions, D) first time layer: before and after SiLU */
+    pm_act *time;              /* (conditions, D) time embedding */
+    pm_act *c, *silu_c;        /* (conditions, D) */
     int32_t *part;             /* (N) */
     float *tokens;             /* (N, D) patch embedding: the stream before block 0 */
     pm_block_acts *blocks;     /* (depth) host memory */
-    pm_act *final_mod;         /* (B, 2 D) */
+    pm_act *final_mod;         /* (conditions, 2 D) */
     float *final_x;            /* (N, D) the stream at the end */
     float *final_mean, *final_rstd;
     pm_act *final_y; /* (N, D) */
@@ -84,18 +95,17 @@ typedef struct {
     pm_act *dbranch;              /* (N, D) */
     pm_act *dy;                   /* (N, max(D, H K)) of y1, y2, heads */
     pm_act *dqkv;                 /* (N, 3 H K) */
-    pm_act *dmod, *dmod_next;     /* (B, 6 D) of this block, and of the block below */
-    pm_act *dfinal_mod;           /* (B, 2 D) */
+    pm_act *dfinal_mod;           /* (conditions, 2 D) */
     float *drow_weight, *dweight; /* (R), (N, A) */
     float *ds, *dp, *dz;          /* (N, E); dz = ds for the identity gate */
-    pm_act *dsilu, *dc, *dtime_h; /* (B, D) */
+    pm_act *dsilu, *dc, *dtime_h; /* (conditions, D) */
 
     /* the sampler */
     double *schedule; /* (3) sigma, sigma_next, guidance */
     float *cond;      /* (B, C_out, V) the conditional output, while out is the other one */
 } pm_acts;
 
-/* Places everything from base on and returns the bytes in use; an activation takes act_bytes (of the
+/* Places everything, for at most most_conditions, from base on and returns the bytes in use; an activation takes act_bytes (of the
  * backend). acts->blocks must be there already. */
 size_t pm_acts_place(const pm_config *cfg, int64_t B, pm_mode mode, size_t act_bytes, char *base,
                      pm_acts *acts);

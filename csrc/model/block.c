@@ -17,7 +17,7 @@ static pm_linear_args adaln_args(const pm_run *r, int64_t block)
 {
     const pm_block_places *p = &r->places->blocks[block];
     return (pm_linear_args){
-        .N = r->acts->B,
+        .N = r->acts->conditions,
         .D = r->cfg->hidden,
         .F = PARTS * r->cfg->hidden,
         .x = r->acts->silu_c,
@@ -36,6 +36,7 @@ static pm_residual_layernorm_modulate_args norm1_args(const pm_run *r, int64_t b
     const bool first = block == 0;
     return (pm_residual_layernorm_modulate_args){
         .B = r->acts->B,
+        .C = r->acts->conditions,
         .T = pm_tokens(r->cfg),
         .D = r->cfg->hidden,
         .gate_ld = PARTS * r->cfg->hidden,
@@ -45,6 +46,7 @@ static pm_residual_layernorm_modulate_args norm1_args(const pm_run *r, int64_t b
         .gate = first ? NULL : part(r, below->mod, GATE2),
         .shift = part(r, b->mod, SHIFT1),
         .scale = part(r, b->mod, SCALE1),
+        .cond = r->acts->condition,
         .xo = first ? NULL : b->x1,
         .y = b->y1,
         .mean = b->mean1,
@@ -112,6 +114,7 @@ static pm_residual_layernorm_modulate_args norm2_args(const pm_run *r, int64_t b
     const pm_block_acts *b = &r->acts->blocks[block];
     return (pm_residual_layernorm_modulate_args){
         .B = r->acts->B,
+        .C = r->acts->conditions,
         .T = pm_tokens(r->cfg),
         .D = r->cfg->hidden,
         .gate_ld = PARTS * r->cfg->hidden,
@@ -121,6 +124,7 @@ static pm_residual_layernorm_modulate_args norm2_args(const pm_run *r, int64_t b
         .gate = part(r, b->mod, GATE1),
         .shift = part(r, b->mod, SHIFT2),
         .scale = part(r, b->mod, SCALE2),
+        .cond = r->acts->condition,
         .xo = b->x2,
         .y = b->y2,
         .mean = b->mean2,
@@ -129,54 +133,68 @@ static pm_residual_layernorm_modulate_args norm2_args(const pm_run *r, int64_t b
     };
 }
 
+/* ---------------------------------------------------------------- its conditions */
+
+pm_status pm_block_condition(pm_run *r, int64_t block)
+{
+    PM_FORWARD(r, linear, adaln_args(r, block));
+    return PM_OK;
+}
+
+/* dsilu += */
+pm_status pm_block_condition_backward(pm_run *r, int64_t block)
+{
+    const pm_block_places *p = &r->places->blocks[block];
+    PM_BACKWARD(r, linear, adaln_args(r, block), .dy = r->acts->blocks[block].dmod,
+                .dx = r->acts->dsilu, .dweight = pm_grad_at(r, p->adaln.at),
+                .dbias = pm_grad_at(r, p->adaln_bias));
+    return PM_OK;
+}
+
 /* ---------------------------------------------------------------- the block */
 
 pm_status pm_block_forward(pm_run *r, int64_t block)
 {
-    PM_FORWARD(r, linear, adaln_args(r, block));                      /* 1. mod */
-    PM_FORWARD(r, residual_layernorm_modulate, norm1_args(r, block)); /* 2. x1, y1 */
-    PM_FORWARD(r, linear, qkv_args(r, block));                        /* 3. qkv */
-    PM_FORWARD(r, attention, attention_args(r, block));               /* 4. heads */
-    PM_FORWARD(r, linear, proj_args(r, block));                       /* 5. branch1 */
-    PM_FORWARD(r, residual_layernorm_modulate, norm2_args(r, block)); /* 6. x2, y2 */
-    return pm_ffn_forward(r, block);                                  /* 7. branch2 */
+    PM_FORWARD(r, residual_layernorm_modulate, norm1_args(r, block)); /* 1. x1, y1 */
+    PM_FORWARD(r, linear, qkv_args(r, block));                        /* 2. qkv */
+    PM_FORWARD(r, attention, attention_args(r, block));               /* 3. heads */
+    PM_FORWARD(r, linear, proj_args(r, block));                       /* 4. branch1 */
+    PM_FORWARD(r, residual_layernorm_modulate, norm2_args(r, block)); /* 5. x2, y2 */
+    return pm_ffn_forward(r, block);                                  /* 6. branch2 */
 }
 
-/* On entry dstream, dbranch and the gate2 column of dmod come from the LayerNorm above. On
- * return dstream and dbranch are those of the block below, and the gate2 column of dmod_next is
- * its. */
+/* On entry dstream, dbranch and the gate2 column of this block's dmod come from the LayerNorm
+ * above. On return they are those of the block below, and the rest of dmod is complete. */
 pm_status pm_block_backward(pm_run *r, int64_t block)
 {
     const pm_block_places *p = &r->places->blocks[block];
     const pm_acts *a = r->acts;
+    pm_act *const dmod = a->blocks[block].dmod;
     const bool first = block == 0;
 
-    /* 7. ffn(y2) -> branch2 */
+    /* 6. ffn(y2) -> branch2 */
     PM_TRY(pm_ffn_backward(r, block));
-    /* 6. (x1, branch1, gate1, shift2, scale2) -> x2, y2 */
+    /* 5. (x1, branch1, gate1, shift2, scale2) -> x2, y2 */
     PM_BACKWARD(r, residual_layernorm_modulate, norm2_args(r, block), .dy = a->dy,
                 .dxo = a->dstream, .dx = a->dstream, .dbranch = a->dbranch,
-                .dgate = part(r, a->dmod, GATE1), .dshift = part(r, a->dmod, SHIFT2),
-                .dscale = part(r, a->dmod, SCALE2));
-    /* 5. proj(heads) -> branch1 */
+                .dgate = part(r, dmod, GATE1), .dshift = part(r, dmod, SHIFT2),
+                .dscale = part(r, dmod, SCALE2));
+    /* 4. proj(heads) -> branch1 */
     PM_BACKWARD(r, linear, proj_args(r, block), .dy = a->dbranch, .dx = a->dy,
                 .dweight = pm_grad_at(r, p->proj.at), .dbias = pm_grad_at(r, p->proj_bias));
-    /* 4. attention(qkv) -> heads */
+    /* 3. attention(qkv) -> heads */
     PM_BACKWARD(r, attention, attention_args(r, block), .dy = a->dy, .dqkv = a->dqkv,
                 .dq_weight = r->cfg->qk_norm ? pm_grad_at(r, p->q_weight) : NULL,
                 .dq_bias = r->cfg->qk_norm ? pm_grad_at(r, p->q_bias) : NULL,
                 .dk_weight = r->cfg->qk_norm ? pm_grad_at(r, p->k_weight) : NULL,
                 .dk_bias = r->cfg->qk_norm ? pm_grad_at(r, p->k_bias) : NULL);
-    /* 3. qkv(y1) -> qkv */
+    /* 2. qkv(y1) -> qkv */
     PM_BACKWARD(r, linear, qkv_args(r, block), .dy = a->dqkv, .dx = a->dy,
                 .dweight = pm_grad_at(r, p->qkv.at), .dbias = pm_grad_at(r, p->qkv_bias));
-    /* 2. (stream below, branch2 below, gate2 below, shift1, scale1) -> x1, y1 */
+    /* 1. (stream below, branch2 below, gate2 below, shift1, scale1) -> x1, y1 */
     PM_BACKWARD(r, residual_layernorm_modulate, norm1_args(r, block), .dy = a->dy,
                 .dxo = a->dstream, .dx = a->dstream, .dbranch = first ? NULL : a->dbranch,
-                .dgate = first ? NULL : part(r, a->dmod_next, GATE2),
-                .dshift = part(r, a->dmod, SHIFT1), .dscale = part(r, a->dmod, SCALE1));
-    /* 1. adaln(silu_c) -> mod;  dsilu += */
-    PM_BACKWARD(r, linear, adaln_args(r, block), .dy = a->dmod, .dx = a->dsilu,
-                .dweight = pm_grad_at(r, p->adaln.at), .dbias = pm_grad_at(r, p->adaln_bias));
+                .dgate = first ? NULL : part(r, a->blocks[block - 1].dmod, GATE2),
+                .dshift = part(r, dmod, SHIFT1), .dscale = part(r, dmod, SCALE1));
     return PM_OK;
 }

@@ -132,12 +132,18 @@ static inline pm_status pm_profile_end(const pm_run *r, pm_op op, bool backward,
                 (r)->ctx->backend->op.backward((r)->ctx, &pm_args, &pm_grads, (r)->scratch));      \
     } while (0)
 
-/* model.c: the network. Inputs, outputs and losses are in acts. */
-pm_status pm_network_forward(pm_run *r);
+/* model.c: the network: what time and label are to it, then the images. Inputs, outputs and losses
+ * are in acts. */
+pm_status pm_network_conditions(pm_run *r);
+pm_status pm_network_images(pm_run *r);
+pm_status pm_network_forward(pm_run *r);  /* both */
 pm_status pm_network_loss(pm_run *r);     /* mse; the auxiliary losses are forward's, in training */
 pm_status pm_network_backward(pm_run *r); /* grad += dloss * gradient of mse and of every aux */
 
-/* block.c: one block. The residual stream enters as (x, branch, gate): see the top of block.c. */
+/* block.c: one block: its adaLN projection of the conditions; and what it does to the images, whose
+ * residual stream enters as (x, branch, gate): see the top of block.c. */
+pm_status pm_block_condition(pm_run *r, int64_t block);
+pm_status pm_block_condition_backward(pm_run *r, int64_t block);
 pm_status pm_block_forward(pm_run *r, int64_t block);
 pm_status pm_block_backward(pm_run *r, int64_t block);
 

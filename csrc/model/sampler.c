@@ -12,8 +12,11 @@ typedef struct {
     const pm_sample_options *o;
     pm_run run;
     bool guided, together; /* two passes; in one batch of 2n */
+    int64_t at_once;       /* steps whose conditions are worked out together */
     int64_t *labels;       /* host: (2n) the labels asked for, then "no class" */
-    float *times;          /* host: (2n) */
+    int32_t *condition;    /* host: (2n) */
+    float *condition_t;    /* host: (most_conditions) */
+    int64_t *condition_label;
 } sampling;
 
 /* Noise level i of n: n + 1 equidistant ones from 1 to 0, then the shift. */
@@ -23,8 +26,36 @@ static double sigma_at(const pm_sample_options *o, int64_t i)
     return o->shift * sigma / (1 + (o->shift - 1) * sigma);
 }
 
+/* The conditions of the steps from i on: every label that occurs, for each of them in turn. */
+static pm_status conditions(sampling *s, int64_t i)
+{
+    const pm_conditions *c = &s->m->conditions;
+    pm_acts *a = &s->m->acts;
+    const int64_t left = s->o->steps - i, steps = left < s->at_once ? left : s->at_once;
+    for (int64_t k = 0; k < steps * c->count; k++) {
+        s->condition_t[k] = (float)(1000 * sigma_at(s->o, i + k / c->count));
+        s->condition_label[k] = c->label[k % c->count];
+    }
+    a->conditions = steps * c->count;
+    PM_WRITE(s->ctx, a->t, s->condition_t, a->conditions);
+    PM_WRITE(s->ctx, a->label, s->condition_label, a->conditions);
+    return pm_network_conditions(&s->run);
+}
+
+/* One pass over the latents in acts.x, for the labels from `first` on, in step i. */
+static pm_status pass(sampling *s, int64_t i, int64_t first)
+{
+    const pm_conditions *c = &s->m->conditions;
+    const pm_acts *a = &s->m->acts;
+    for (int64_t b = 0; b < a->B; b++)
+        s->condition[b] = (int32_t)(i % s->at_once * c->count) + c->image[first + b];
+    PM_WRITE(s->ctx, a->y, s->labels + first, a->B);
+    PM_WRITE(s->ctx, a->condition, s->condition, a->B);
+    return pm_network_images(&s->run);
+}
+
 /* The velocity at the latents in acts.x: conditional and (when guided) unconditional output. */
-static pm_status velocity(sampling *s, float **cond, float **uncond)
+static pm_status velocity(sampling *s, int64_t i, float **cond, float **uncond)
 {
     pm_ctx *ctx = s->ctx;
     const pm_acts *a = &s->m->acts;
@@ -36,17 +67,12 @@ static pm_status velocity(sampling *s, float **cond, float **uncond)
     if (s->together) {
         PM_TRY(
             ctx->backend->copy(ctx, a->x + n * image, a->x, (size_t)(n * image) * sizeof(float)));
-        PM_TRY(pm_network_forward(&s->run));
         *uncond = a->out + n * output;
-        return PM_OK;
     }
-    if (s->guided)
-        PM_WRITE(ctx, a->y, s->labels, n);
-    PM_TRY(pm_network_forward(&s->run));
-    if (s->guided) {
+    PM_TRY(pass(s, i, 0));
+    if (s->guided && !s->together) {
         PM_TRY(ctx->backend->copy(ctx, a->cond, a->out, (size_t)(n * output) * sizeof(float)));
-        PM_WRITE(ctx, a->y, s->labels + n, n);
-        PM_TRY(pm_network_forward(&s->run));
+        PM_TRY(pass(s, i, n));
         *cond = a->cond;
         *uncond = a->out;
     }
@@ -60,12 +86,11 @@ static pm_status one_step(sampling *s, int64_t i)
     const pm_acts *a = &s->m->acts;
     const pm_config *c = &s->m->cfg;
     const double schedule[3] = {sigma_at(s->o, i), sigma_at(s->o, i + 1), s->o->cfg};
-    for (int64_t b = 0; b < a->B; b++)
-        s->times[b] = (float)(1000 * schedule[0]);
-    PM_WRITE(ctx, a->t, s->times, a->B);
+    if (i % s->at_once == 0)
+        PM_TRY(conditions(s, i));
     PM_WRITE(ctx, a->schedule, schedule, 3);
     float *cond, *uncond;
-    PM_TRY(velocity(s, &cond, &uncond));
+    PM_TRY(velocity(s, i, &cond, &uncond));
     PM_FORWARD(r, euler_step,
                (pm_euler_step_args){.B = s->o->n,
                                     .C = c->channels,
@@ -87,7 +112,6 @@ static pm_status start(sampling *s)
     pm_run *r = &s->run;
     const pm_acts *a = &s->m->acts;
     const int64_t M = s->m->cfg.channels * pm_voxels(&s->m->cfg);
-    PM_WRITE(ctx, a->y, s->labels, a->B);
     if (s->o->noise) {
         PM_WRITE(ctx, a->x, s->o->noise, s->o->n * M);
         return PM_OK;
@@ -118,28 +142,27 @@ pm_status pm_model_sample(pm_ctx *ctx, pm_model *m, const pm_sample_options *o, 
     s.run = pm_model_run(ctx, m);
     s.run.weights = weights;
 
-    pm_status status = PM_OK;
-    const size_t label_bytes = (size_t)(2 * o->n) * sizeof *s.labels;
-    const size_t time_bytes = (size_t)(2 * o->n) * sizeof *s.times;
-    s.labels = pm_os_alloc(label_bytes);
-    s.times = pm_os_alloc(time_bytes);
-    if (!s.labels || !s.times) {
-        status = pm_fail(ctx, PM_ENOMEM, "no memory for %lld samples", (long long)o->n);
-        goto done;
+    /* host memory of this call: labels, then 4-byte numbers */
+    const int64_t passes = guided ? 2 * o->n : o->n, most = m->acts.most_conditions;
+    const size_t bytes = (size_t)(passes + most) * (sizeof *s.labels + sizeof *s.condition);
+    s.labels = pm_os_alloc(bytes);
+    if (!s.labels)
+        return pm_fail(ctx, PM_ENOMEM, "no memory for %lld samples", (long long)o->n);
+    s.condition_label = s.labels + passes;
+    s.condition = (int32_t *)(s.condition_label + most);
+    s.condition_t = (float *)(s.condition + passes);
+    for (int64_t b = 0; b < passes; b++)
+        s.labels[b] = b < o->n ? o->labels[b] : c->classes;
+
+    pm_status status = pm_conditions_find(ctx, &m->conditions, passes, NULL, s.labels);
+    if (status == PM_OK) {
+        s.at_once = most / m->conditions.count;
+        status = start(&s);
     }
-    for (int64_t i = 0; i < o->n; i++) {
-        s.labels[i] = o->labels[i];
-        s.labels[o->n + i] = c->classes;
-    }
-    status = start(&s);
     for (int64_t i = 0; i < o->steps && status == PM_OK; i++)
         status = one_step(&s, i);
     if (status == PM_OK)
         status = ctx->backend->read(ctx, out, m->acts.x, (size_t)(o->n * image) * sizeof *out);
-done:
-    if (s.labels)
-        pm_os_free(s.labels, label_bytes);
-    if (s.times)
-        pm_os_free(s.times, time_bytes);
+    pm_os_free(s.labels, bytes);
     return status;
 }

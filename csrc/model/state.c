@@ -367,6 +367,7 @@ void pm_model_close(pm_ctx *ctx, pm_model *m)
         pm_os_free(m->acts.blocks, (size_t)m->cfg.depth * sizeof *m->acts.blocks);
     if (m->host_numbers)
         pm_os_free(m->host_numbers, numbers_bytes(&m->cfg));
+    pm_conditions_free(&m->conditions);
     m->derived = m->ema_derived = m->arena = NULL;
     m->foff = NULL;
     m->numbers = m->host_numbers = NULL;

@@ -14,6 +14,16 @@ typedef struct {
     double unused[7];
 } pm_step_numbers;
 
+/* The distinct conditions of a batch, in the order in which they first occur: host memory. */
+typedef struct {
+    int64_t count;
+    int64_t *label; /* (count) */
+    float *t;       /* (count) */
+    int32_t *image; /* (images) the condition of each image */
+    int32_t *slot;  /* the hash table: a condition, or -1 */
+    int64_t room;   /* for so many images */
+} pm_conditions;
+
 struct pm_model {
     pm_config cfg;
     pm_layout layout;
@@ -32,7 +42,8 @@ struct pm_model {
     size_t arena_bytes;
     pm_acts acts; /* acts.B = 0: nothing is placed */
     size_t scratch_at, scratch_bytes;
-    int threads; /* that scratch was measured for */
+    int threads;              /* that scratch was measured for */
+    pm_conditions conditions; /* of the batch seen last */
 
     pm_profile profile;
 
@@ -52,6 +63,11 @@ pm_status pm_need_arena(pm_ctx *ctx, pm_model *m, size_t bytes);
 /* The activations are placed for (B, mode) and the scratch is enough for a whole pass of that
  * mode. */
 pm_status pm_need_acts(pm_ctx *ctx, pm_model *m, int64_t B, pm_mode mode);
+
+/* t NULL: all images have the same time. */
+pm_status pm_conditions_find(pm_ctx *ctx, pm_conditions *c, int64_t images, const float *t,
+                             const int64_t *y);
+void pm_conditions_free(pm_conditions *c);
 
 /* A run over the live weights, with the activations and scratch that pm_need_acts placed. */
 pm_run pm_model_run(pm_ctx *ctx, pm_model *m);

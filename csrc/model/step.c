@@ -35,12 +35,23 @@ static pm_status force_routing(pm_run *r, const int32_t *choice, const float *we
     return PM_OK;
 }
 
-static pm_status write_inputs(pm_run *r, const float *x, const float *t, const int64_t *y)
+static pm_status write_images(pm_run *r, const float *x, const int64_t *y)
 {
     const pm_acts *a = r->acts;
     PM_WRITE(r->ctx, a->x, x, a->B * r->cfg->channels * pm_voxels(r->cfg));
-    PM_WRITE(r->ctx, a->t, t, a->B);
     PM_WRITE(r->ctx, a->y, y, a->B);
+    return PM_OK;
+}
+
+static pm_status write_conditions(pm_ctx *ctx, pm_model *m, const float *t, const int64_t *y)
+{
+    pm_acts *const a = &m->acts;
+    pm_conditions *const c = &m->conditions;
+    PM_TRY(pm_conditions_find(ctx, c, a->B, t, y));
+    a->conditions = c->count;
+    PM_WRITE(ctx, a->t, c->t, c->count);
+    PM_WRITE(ctx, a->label, c->label, c->count);
+    PM_WRITE(ctx, a->condition, c->image, a->B);
     return PM_OK;
 }
 
@@ -50,7 +61,8 @@ pm_status pm_model_forward(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, 
     PM_TRY(pm_check_labels(ctx, &m->cfg, B, y));
     PM_TRY(pm_need_acts(ctx, m, B, PM_INFERENCE));
     pm_run r = pm_model_run(ctx, m);
-    PM_TRY(write_inputs(&r, x, t, y));
+    PM_TRY(write_images(&r, x, y));
+    PM_TRY(write_conditions(ctx, m, t, y));
     if (choice)
         PM_TRY(force_routing(&r, choice, weight));
     PM_TRY(pm_network_forward(&r));
@@ -232,7 +244,8 @@ static pm_status loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float 
         PM_TRY(fetch_numbers(ctx, m));
     pm_run r = pm_model_run(ctx, m);
     r.losses = pm_loss_slot(m, m->slots);
-    PM_TRY(write_inputs(&r, x, t, y));
+    PM_TRY(write_images(&r, x, y));
+    PM_WRITE(ctx, m->acts.t, t, B);
     PM_WRITE(ctx, m->acts.target, target, B * m->cfg.channels * pm_voxels(&m->cfg));
     bool touched;
     PM_TRY(forward_backward(&r, 1, own, &touched));

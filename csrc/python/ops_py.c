@@ -184,9 +184,36 @@ static pm_status unpatchify_check(pm_ctx *ctx, const void *args, bool backward)
     return patch_check(ctx, PATCH_COUNT(g), g->V, g->T, g->P, g->C);
 }
 
+/* Every index of an array is in low..high. */
+static pm_status check_range(pm_ctx *ctx, const char *name, const int32_t *index, int64_t count,
+                             int64_t low, int64_t high)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (index[i] < low || index[i] > high)
+            return pm_fail(ctx, PM_EINVAL, "%s has %d at %lld; it must be in %lld..%lld", name,
+                           index[i], (long long)i, (long long)low, (long long)high);
+    return PM_OK;
+}
+
+/* Without cond every image has a condition of its own. */
+static void residual_infer(bind_dims *dims, const void *args)
+{
+    if (((const pm_residual_layernorm_modulate_args *)args)->cond)
+        return;
+    if (knows(dims, 'B'))
+        infer(dims, 'C', dim(dims, 'B'));
+    if (knows(dims, 'C'))
+        infer(dims, 'B', dim(dims, 'C'));
+}
+
 static pm_status residual_check(pm_ctx *ctx, const void *args, bool backward)
 {
     const pm_residual_layernorm_modulate_args *g = args;
+    if (g->cond)
+        PM_TRY(check_range(ctx, "cond", g->cond, g->B, 0, g->C - 1));
+    else if (g->C != g->B)
+        return pm_fail(ctx, PM_EINVAL, "C is %lld and B is %lld: without cond they are the same",
+                       (long long)g->C, (long long)g->B);
     if (g->branch && !g->xo)
         return pm_fail(ctx, PM_EINVAL, "xo is missing: %s",
                        backward ? "backward reads it when there is a branch"
@@ -201,17 +228,6 @@ static pm_status attention_check(pm_ctx *ctx, const void *args, bool backward)
     if (!g->q_weight != !g->q_bias || !g->q_weight != !g->k_weight || !g->q_weight != !g->k_bias)
         return pm_fail(ctx, PM_EINVAL,
                        "q_weight, q_bias, k_weight and k_bias must all be given, or none");
-    return PM_OK;
-}
-
-/* Every index of an array is in low..high. */
-static pm_status check_range(pm_ctx *ctx, const char *name, const int32_t *index, int64_t count,
-                             int64_t low, int64_t high)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (index[i] < low || index[i] > high)
-            return pm_fail(ctx, PM_EINVAL, "%s has %d at %lld; it must be in %lld..%lld", name,
-                           index[i], (long long)i, (long long)low, (long long)high);
     return PM_OK;
 }
 
@@ -315,6 +331,7 @@ static const bind_facts facts[OPS] = {
     [OP_residual_layernorm_modulate] = {.unread = " xo y ",
                                         .nullable = " xo ",
                                         .aliases = " xo=x dx=dxo ",
+                                        .infer = residual_infer,
                                         .check = residual_check},
     [OP_attention] = {.check = attention_check},
     [OP_token_choice] = {.unread = " weight "},

@@ -74,6 +74,63 @@ def test_forward_does_not_depend_on_the_batch():
         assert np.array_equal(model.forward(x[i:i + 1], t[i], y[i]), whole[i:i + 1])
 
 
+# ---------------------------------------------------------------- conditions that repeat
+
+MANY = SMALL.replace(num_classes=40, depth=2)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_repeated_labels_give_what_distinct_ones_give(cfg):
+    """The conditions of many steps at a time, of some, and of one: the same bits for every image."""
+    model = small_model(config=MANY)
+    few = [7, 7, 40, 7, 3, 40, 3]  # 40 means "no class"
+    noises = noise(1, n=40)
+    got = model.sample(few, steps=19, cfg=cfg, noise=noises[few_index(few)])
+    many = [7, 3, 40, *(i for i in range(37) if i not in (7, 3))]  # too many for two steps at a time
+    want = model.sample(many, steps=19, cfg=cfg, noise=noises[:len(many)])
+    assert np.array_equal(got, want[few_index(few)])
+    for i, label in enumerate([7, 3, 40]):
+        alone = model.sample([label], steps=19, cfg=cfg, noise=noises[i:i + 1])
+        assert np.array_equal(alone, want[i:i + 1])
+
+
+def few_index(labels):
+    return [[7, 3, 40].index(label) for label in labels]
+
+
+@pytest.mark.parametrize("labels, cfg, at_once", [
+    ([1], 1, 16), ([1], 2, 8), ([1, 1, 1, 2], 1, 8), ([1] * 5 + [40], 2, 8), (list(range(20)), 1, 1),
+    (list(range(20)), 2, 1)])
+def test_conditions_are_worked_out_once(labels, cfg, at_once):
+    model = small_model(config=MANY)
+    for together in (True, False):
+        model.profile(True)
+        model.sample(labels, steps=18, cfg=cfg, together=together)
+        calls = {name: row["calls"] for name, row in model.profile().items()}
+        assert calls["timestep_embedding forward"] == -(-18 // at_once)
+        assert calls["patch_embed forward"] == 18 * (1 if together or cfg == 1 else 2)
+
+
+@pytest.mark.parametrize("times, labels, images", [
+    ([0.0, -0.0, 1e-30, 250.5, 1000.0], range(41), 100),  # every mix
+    (np.linspace(1, 999, 400), (2, 40), 400),  # many times
+    ([500.0], (0, 16, 32, 3, 19, 35, 5, 21), 8)])  # labels that meet in a small table
+def test_forward_of_repeated_conditions(times, labels, images):
+    """Each image is as it is alone."""
+    model = small_model(config=MANY)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((images, *MANY.input_shape)).astype(np.float32)
+    t, y = rng.choice(times, images).astype(np.float32), np.resize(labels, images)
+    together = model.forward(x, t, y)
+    for i in range(images):
+        assert np.array_equal(model.forward(x[i:i + 1], t[i], y[i]), together[i:i + 1])
+    same = model.forward(np.repeat(x[:1], images, 0), t[0], y[0])
+    assert np.array_equal(same, np.repeat(same[:1], images, 0))
+
+
+# ---------------------------------------------------------------- what samples depend on
+
+
 def test_noise_and_start():
     model = small_model()
     given = model.sample(LABELS[:3], steps=2, noise=noise(7, n=3, start=10), weights="live")

@@ -29,10 +29,41 @@ def cancellation(case):
     return max(1.0, outs["rstd"].max() * 4 * scale)
 
 
-@pytest.mark.parametrize("case", ["all", "no gate", "layernorm alone"])
+@pytest.mark.parametrize("case", ["all", "no gate", "layernorm alone", "conditions"])
 def test_finite_differences(case):
     inputs = make(OP, case)
-    check_finite_differences(OP, case, [k for k in inputs if k not in ("B", "eps")])
+    check_finite_differences(OP, case, [k for k in inputs if k not in ("B", "eps", "cond")])
+
+
+@pytest.mark.parametrize("case", ["conditions", "conditions in chunks"])
+def test_conditions_are_rows_shared(case):
+    """The same bits as with a row for every image."""
+    inputs = make(OP, case)
+    cond = inputs.pop("cond")
+    dy, dxo = upstream(inputs)
+    shared = forward(**inputs, cond=cond)
+    own = {k: v[cond] if k in ("gate", "shift", "scale") else v for k, v in inputs.items()}
+    alone = forward(**own)
+    for name in alone:
+        np.testing.assert_array_equal(shared[name], alone[name], err_msg=name)
+    got, want = backward(**inputs, cond=cond, **shared, dy=dy, dxo=dxo), backward(**own, **alone, dy=dy, dxo=dxo)
+    for name in ("dx", "dbranch"):
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    for name in ("dgate", "dshift", "dscale"):
+        assert not got[name][-1].any()  # no image has the last one
+        for c in range(len(got[name])):
+            np.testing.assert_allclose(got[name][c], want[name][cond == c].sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_conditions_out_of_range():
+    inputs = make(OP, "conditions")
+    for wrong in (-1, 4):
+        inputs["cond"][3] = wrong
+        with pytest.raises(ValueError, match=f"cond has {wrong} at 3; it must be in 0..3"):
+            forward(**inputs)
+    del inputs["cond"]
+    with pytest.raises(ValueError, match="C is 4 and B is 5"):
+        forward(**inputs)
 
 
 def upstream(inputs, seed=5):
@@ -85,7 +116,7 @@ def test_nan_stays_in_its_token():
     assert np.isnan(dx[3]).all() and np.isfinite(np.delete(dx, 3, 0)).all()
 
 
-@pytest.mark.parametrize("case", ["chunks", "one image"])
+@pytest.mark.parametrize("case", ["chunks", "one image", "conditions in chunks"])
 def test_same_bits_for_any_thread_count(case):
     inputs = make(OP, case)
     dy, dxo = upstream(inputs)
