@@ -22,7 +22,7 @@ def test_label_out_of_range(wrong):
     inputs = make("label_embedding", "batch")
     inputs["y"][3] = wrong
     c = np.full((8, 33), 7, np.float32)
-    with pytest.raises(ValueError, match=rf"y\[3\] is {wrong}, expected 0\.\.10"):
+    with pytest.raises(ValueError, match=rf"y\[3\] is ({wrong}, expected 0\.\.10|not in)"):
         ops.label_embedding_forward(**inputs, c=c)
     assert (c == 7).all()
 
