@@ -163,7 +163,12 @@ typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_TF32, PM_COMPUTES } pm_com
  * backend dereferences backend memory.
  *
  * forward and backward need `scratch`: workspace() bytes, aligned to 64, contents undefined.
- * An op never allocates, prints or keeps state; it polls nothing and always finishes. */
+ * An op never allocates, prints or keeps state; it polls nothing and always finishes.
+ *
+ * A backend that is not the host's may return from an op before the work is done; calls take effect
+ * in their order. Then what is wrong with the contents of an array (an index out of range, data that
+ * are not finite) is reported by the next read or sync, and what was written since means nothing.
+ * write has taken the host's bytes when it returns; read waits. */
 struct pm_backend {
     const char *name;  /* "cpu" */
     const char *level; /* instruction set: "generic", "avx2", "avx512" */
@@ -171,7 +176,8 @@ struct pm_backend {
     bool host;        /* its memory is host memory that callers may look at between calls */
     size_t act_bytes; /* of a number of an activation: 4 (float), or 2 (bf16; not a host's) */
 
-    void *(*alloc)(pm_ctx *ctx, size_t bytes); /* zeroed, aligned to 64; NULL when out of memory */
+    /* Zeroed, aligned to 64; NULL when out of memory, and perhaps a message that says what is free. */
+    void *(*alloc)(pm_ctx *ctx, size_t bytes);
     void (*free)(pm_ctx *ctx, void *memory, size_t bytes);
     pm_status (*write)(pm_ctx *ctx, void *to, const void *host, size_t bytes);
     pm_status (*read)(pm_ctx *ctx, void *host, const void *from, size_t bytes);

@@ -60,7 +60,7 @@ void *gpu_alloc(pm_ctx *ctx, size_t bytes)
         (void)pm_cuda(ctx, "cudaMalloc", error);
     else if (cudaMemGetInfo(&left, &total) == cudaSuccess)
         (void)pm_fail(ctx, PM_ENOMEM,
-                      "%.1f MB of GPU memory were asked for, %.1f MB of %.1f MB are free",
+                      "%.1f MB of GPU memory were asked for, and %.1f MB of %.1f MB are free",
                       megabytes(bytes), megabytes(left), megabytes(total));
     return nullptr;
 }

@@ -19,8 +19,7 @@ __global__ void forward_kernel(int64_t count, int64_t used, int64_t all, const f
 
 } // namespace
 
-template <class T>
-size_t euler_step_workspace(const pm_ctx *, const pm_euler_step_args *, bool)
+template <class T> size_t euler_step_workspace(const pm_ctx *, const pm_euler_step_args *, bool)
 {
     return 0;
 }

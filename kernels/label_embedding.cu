@@ -55,9 +55,10 @@ dim3 grid_of(const pm_label_embedding_args *g)
 // The second axis of a grid ends at 65535.
 pm_status check(pm_ctx *ctx, const pm_label_embedding_args *g)
 {
-    return g->B < 65536 ? PM_OK
-                        : pm_fail(ctx, PM_EINVAL, "label_embedding: B is %lld, at most 65535 on a GPU",
-                                  (long long)g->B);
+    return g->B < 65536
+               ? PM_OK
+               : pm_fail(ctx, PM_EINVAL, "label_embedding: B is %lld, at most 65535 on a GPU",
+                         (long long)g->B);
 }
 
 } // namespace
@@ -83,8 +84,7 @@ pm_status label_embedding_backward(pm_ctx *ctx, const pm_label_embedding_args *g
 {
     PM_TRY(check(ctx, g));
     PM_RUN(ctx, backward_kernel<T>, grid_of(g), 256, 0, g->B, g->Y, g->D, g->y,
-           static_cast<const T *>(d->dc), d->dtable, static_cast<T *>(d->dadd),
-           pm_device().fault);
+           static_cast<const T *>(d->dc), d->dtable, static_cast<T *>(d->dadd), pm_device().fault);
     return PM_OK;
 }
 

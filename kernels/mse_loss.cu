@@ -59,8 +59,7 @@ size_t mse_loss_workspace(const pm_ctx *, const pm_mse_loss_args *g, bool backwa
     return backward ? 0 : pm_room(pm_blocks(terms(g), SQUARES), sizeof(double));
 }
 
-template <class T>
-pm_status mse_loss_forward(pm_ctx *ctx, const pm_mse_loss_args *g, void *scratch)
+template <class T> pm_status mse_loss_forward(pm_ctx *ctx, const pm_mse_loss_args *g, void *scratch)
 {
     const unsigned parts = pm_blocks(terms(g), SQUARES);
     double *const sums = pm_take<double>(&scratch, parts);

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(COLUMNS)
     for (int t = 0; t < TOKENS; t++) {
         const int64_t n = n0 + t;
         if (n < N)
-            y[n * D + column] =
-                sum[t] + bias[column] + (pos ? pos[n % grid.tokens * D + column] : 0.0f);
+            y[n * D + column] = sum[t] + bias[column] +
+                                (pos ? pos[n % grid.tokens * D + column] : 0.0f);
     }
 }
 
@@ -122,10 +122,10 @@ template <class T>
 size_t patch_embed_workspace(const pm_ctx *, const pm_patch_embed_args *g, bool backward)
 {
     float any; // dbias may be wanted
-    return backward
-               ? pm_room(g->B * g->T * g->P, sizeof(float)) +
-                     pm_dense_room<float, float>(dweight_product(g, nullptr, nullptr, nullptr, &any))
-               : 0;
+    return backward ? pm_room(g->B * g->T * g->P, sizeof(float)) +
+                          pm_dense_room<float, float>(
+                              dweight_product(g, nullptr, nullptr, nullptr, &any))
+                    : 0;
 }
 
 template <class T> pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *)

@@ -103,14 +103,9 @@ pm_status rectified_flow_forward(pm_ctx *ctx, const pm_rectified_flow_args *g, v
     PM_TRY(check(ctx, g));
     const int64_t M = g->C * g->V;
     float *const s = pm_take<float>(&scratch, g->B);
-    const settings set = {g->density,
-                          (float)g->logit_mean,
-                          (float)g->logit_std,
-                          (float)g->sigmoid_scale,
-                          (float)g->shift,
-                          (float)(g->shift - 1),
-                          g->drop_prob,
-                          g->null_label};
+    const settings set = {
+        g->density,      (float)g->logit_mean,  (float)g->logit_std, (float)g->sigmoid_scale,
+        (float)g->shift, (float)(g->shift - 1), g->drop_prob,        g->null_label};
     PM_RUN(ctx, sample_kernel, pm_blocks(g->B, 128), 128, 0, g->B, set, g->key, g->y, s, g->t,
            g->label, pm_device().fault);
     PM_RUN(ctx, mix_kernel, pm_blocks(g->B * ((M + 3) / 4), 256), 256, 0, g->B, M, g->key, s, g->x0,

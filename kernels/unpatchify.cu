@@ -27,8 +27,7 @@ pm_status grid_of(pm_ctx *ctx, const pm_unpatchify_args *g, pm_patches *grid)
 
 } // namespace
 
-template <class T>
-size_t unpatchify_workspace(const pm_ctx *, const pm_unpatchify_args *, bool)
+template <class T> size_t unpatchify_workspace(const pm_ctx *, const pm_unpatchify_args *, bool)
 {
     return 0;
 }

@@ -40,11 +40,15 @@ float *pm_loss_slot(const pm_model *m, int slot)
 
 pm_status pm_take_memory(pm_ctx *ctx, size_t bytes, const char *what, void *pointer_to_pointer)
 {
+    ctx->message[0] = 0;
     void *memory = ctx->backend->alloc(ctx, bytes);
     memcpy(pointer_to_pointer, &memory, sizeof memory);
-    if (!memory)
-        return pm_fail(ctx, PM_ENOMEM, "no memory for %s: %.1f MB", what, (double)bytes / 1e6);
-    return PM_OK;
+    if (memory)
+        return PM_OK;
+    char why[sizeof ctx->message]; /* what the backend has to say */
+    memcpy(why, ctx->message, sizeof why);
+    return pm_fail(ctx, PM_ENOMEM, "no memory for %s: %.1f MB%s%.400s", what, (double)bytes / 1e6,
+                   *why ? "; " : "", why);
 }
 
 static void give_memory(pm_ctx *ctx, void *memory, size_t bytes)

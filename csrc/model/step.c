@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "../base/os.h"
+
 pm_status pm_check_labels(pm_ctx *ctx, const pm_config *cfg, int64_t B, const int64_t *y)
 {
     const int64_t rows = pm_label_rows(cfg);
@@ -156,27 +158,34 @@ static pm_status fetch_numbers(pm_ctx *ctx, pm_model *m)
     return PM_OK;
 }
 
-/* Forward, loss, and grad += scale * gradient. *touched: the gradients are no longer what they
- * were. */
-static pm_status forward_backward(pm_run *r, float scale, float *grad, bool *touched)
+/* Forward, loss, and grad += dloss * gradient. *touched: the gradients are no longer what they
+ * were. From here on nothing comes from the host. */
+static pm_status forward_backward(pm_run *r, float *grad, bool *touched)
 {
     PM_TRY(pm_network_forward(r));
     PM_TRY(pm_network_loss(r));
-    PM_WRITE(r->ctx, r->acts->dloss, &scale, 1);
     r->grad = grad;
     *touched = true;
     return pm_network_backward(r);
 }
 
-static pm_status draw(pm_run *r, const pm_model *m, const float *x0, const int64_t *y,
-                      int64_t position)
+static pm_status write_data(pm_run *r, const pm_model *m, const float *x0, const int64_t *y,
+                            int64_t position, double scale)
+{
+    const pm_acts *a = r->acts;
+    const int64_t key[2] = {m->seed, position};
+    const float dloss = (float)scale;
+    PM_WRITE(r->ctx, a->key, key, 2);
+    PM_WRITE(r->ctx, a->x0, x0, a->B * r->cfg->channels * pm_voxels(r->cfg));
+    PM_WRITE(r->ctx, a->y0, y, a->B);
+    PM_WRITE(r->ctx, a->dloss, &dloss, 1);
+    return PM_OK;
+}
+
+static pm_status draw(pm_run *r)
 {
     const pm_acts *a = r->acts;
     const pm_config *c = r->cfg;
-    const int64_t key[2] = {m->seed, position};
-    PM_WRITE(r->ctx, a->key, key, 2);
-    PM_WRITE(r->ctx, a->x0, x0, a->B * c->channels * pm_voxels(c));
-    PM_WRITE(r->ctx, a->y0, y, a->B);
     PM_FORWARD(r, rectified_flow,
                (pm_rectified_flow_args){.B = a->B,
                                         .C = c->channels,
@@ -209,9 +218,9 @@ pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *
         PM_TRY(fetch_numbers(ctx, m));
     pm_run r = pm_model_run(ctx, m);
     r.losses = pm_loss_slot(m, m->slots);
-    PM_TRY(draw(&r, m, x0, y, position));
-    const pm_status status =
-        forward_backward(&r, (float)scale, m->slab[PM_SLAB_GRAD], &m->gradients_incomplete);
+    PM_TRY(write_data(&r, m, x0, y, position, scale));
+    PM_TRY(draw(&r));
+    const pm_status status = forward_backward(&r, m->slab[PM_SLAB_GRAD], &m->gradients_incomplete);
     if (status == PM_OK) {
         m->gradients_incomplete = false;
         m->slot_scale[m->slots++] = scale;
@@ -222,17 +231,25 @@ pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *
 /* grad slab += more, which is host memory, a piece at a time. */
 static pm_status add_to_slab(pm_ctx *ctx, pm_model *m, const float *more)
 {
-    enum { PIECE = 4096 };
-    float piece[PIECE];
+    enum { PIECE = 1 << 20 };
     float *const grad = m->slab[PM_SLAB_GRAD];
-    for (int64_t at = 0; at < m->layout.train; at += PIECE) {
+    float *const piece = pm_os_alloc(PIECE * sizeof *piece);
+    if (!piece)
+        return pm_fail(ctx, PM_ENOMEM, "no memory to add up gradients");
+    pm_status status = PM_OK;
+    m->gradients_incomplete = true;
+    for (int64_t at = 0; at < m->layout.train && status == PM_OK; at += PIECE) {
         const int64_t count = m->layout.train - at < PIECE ? m->layout.train - at : PIECE;
-        PM_READ(ctx, piece, grad + at, count);
+        const size_t bytes = (size_t)count * sizeof *piece;
+        status = ctx->backend->read(ctx, piece, grad + at, bytes);
         for (int64_t i = 0; i < count; i++)
             piece[i] += more[at + i];
-        PM_WRITE(ctx, grad + at, piece, count);
+        if (status == PM_OK)
+            status = ctx->backend->write(ctx, grad + at, piece, bytes);
     }
-    return PM_OK;
+    m->gradients_incomplete = status != PM_OK;
+    pm_os_free(piece, PIECE * sizeof *piece);
+    return status;
 }
 
 static pm_status loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float *x, const float *t,
@@ -247,8 +264,9 @@ static pm_status loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const float 
     PM_TRY(write_images(&r, x, y));
     PM_WRITE(ctx, m->acts.t, t, B);
     PM_WRITE(ctx, m->acts.target, target, B * m->cfg.channels * pm_voxels(&m->cfg));
+    PM_WRITE(ctx, m->acts.dloss, &(float){1}, 1);
     bool touched;
-    PM_TRY(forward_backward(&r, 1, own, &touched));
+    PM_TRY(forward_backward(&r, own, &touched));
     float *const host = (float *)(m->host_numbers + 1);
     PM_READ(ctx, host, r.losses, pm_loss_count(&m->cfg));
     add_losses(&m->cfg, host, &losses[0], &losses[1]);
@@ -272,9 +290,7 @@ pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const floa
     ctx->backend->free(ctx, own, bytes);
     if (status != PM_OK || !accumulate)
         return status;
-    m->gradients_incomplete = true;
     PM_TRY(add_to_slab(ctx, m, grad));
-    m->gradients_incomplete = false;
     m->slot_scale[m->slots++] = 1;
     return PM_OK;
 }
