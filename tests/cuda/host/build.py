@@ -25,7 +25,7 @@ COMMON = ["-O2", "-g", "-march=native", "-fPIC", "-fvisibility=hidden", "-ffp-co
 CXX = ["-std=gnu++17", "-fno-strict-aliasing", "-fno-ipa-icf"]
 # Type punning through pointers is CUDA's way; unknown pragmas are unroll; no address, index or shift
 # of a kernel goes unchecked (host/ubsan.cpp says where).
-KERNEL = ["-x", "c++", "-fno-extern-tls-init", "-Wno-unknown-pragmas",
+KERNEL = ["-x", "c++", "-fno-extern-tls-init", "-Wno-unknown-pragmas", "-fstack-clash-protection",
           "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero",
           "-fno-sanitize-recover=all"]
 VARIANTS = {

@@ -231,7 +231,7 @@ template <bool TRANSPOSED> static void load_matrices(void *const operand[32], ui
             of.lane(i * 8 + r);
             const void *row = ((const Ldmatrix *)operand[i * 8 + r])->row;
             check_shared(row, 16, 16, name);
-            race_access(row, 16, false, file, line);
+            race_access(row, 16, Kind::READ, file, line);
             memcpy(matrix[r], row, 16);
         }
         for (int l = 0; l < 32; l++) {

@@ -173,7 +173,7 @@ __attribute__((noinline, no_sanitize("thread"))) T atomic(T *p, F change)
     static_assert(!__is_same(T, float) && !__is_same(T, double),
                   "no atomics on floats: the order of a sum would not be defined");
     check_aligned(p, sizeof(T), "an atomic");
-    race_atomic(p, sizeof(T));
+    race_atomic(p, sizeof(T), __builtin_return_address(0));
     T old = *p;
     *p = change(old);
     return old;

@@ -173,7 +173,6 @@ static struct {
 } block;
 
 static const Kernel *kernel;
-static KernelSymbols *kernel_symbols;
 static char *tls_base; // of the host thread that runs
 static Context main_context;
 static Thread *self;
@@ -259,7 +258,7 @@ std::string thread_name(int thread) { return triple(threads[thread].index); }
 
 std::string here()
 {
-    return "kernel " + kernel->name + ", block " + triple(blockIdx) +
+    return "kernel " + kernel->symbols->name + ", block " + triple(blockIdx) +
            (self_index < 0 ? "" : ", thread " + thread_name(self_index));
 }
 
@@ -363,6 +362,7 @@ static void release_barrier()
             threads[i].state = State::READY;
             make_ready(i / 32, 1u << i % 32);
         }
+    block.warp = pick_bit(block.ready_warps); // not the one that happened to come last
 #ifdef PM_HOST_RACE
     race_barrier();
 #endif
@@ -428,14 +428,8 @@ void rendezvous(const Collective &what, uint32_t mask, void *operand, const char
     w.ready &= ~bit;
     int i = 0;
     while (i < w.group_count && !(w.groups[i].what == &what && w.groups[i].mask == mask &&
-                                  w.groups[i].line == line && w.groups[i].file == file)) {
-        if (w.groups[i].mask & mask)
-            fail("%s (%s:%d) with mask 0x%08x, while lanes of that mask wait at %s (%s:%d) with mask "
-                 "0x%08x",
-                 what.name, base_name(file), line, mask, w.groups[i].what->name,
-                 base_name(w.groups[i].file), w.groups[i].line, w.groups[i].mask);
+                                  w.groups[i].line == line && w.groups[i].file == file))
         i++;
-    }
     if (i == w.group_count)
         w.groups[w.group_count++] = {&what, file, line, mask, 0};
     w.groups[i].arrived |= bit;
@@ -501,7 +495,7 @@ bool in_shared(const void *p, size_t bytes)
     const char *b = (const char *)p, *dynamic = (const char *)pm_shared;
     if (b >= dynamic && b + bytes <= dynamic + kernel->dynamic_bytes)
         return true;
-    for (const SharedVariable &v : kernel_symbols->variables)
+    for (const SharedVariable &v : kernel->symbols->variables)
         if (b >= variable_begin(v) && b + bytes <= variable_begin(v) + v.bytes)
             return true;
     return false;
@@ -516,14 +510,15 @@ std::string describe(const void *p)
 {
     const char *b = (const char *)p, *dynamic = (const char *)pm_shared;
     if (kernel) {
-        for (const SharedVariable &v : kernel_symbols->variables)
+        for (const SharedVariable &v : kernel->symbols->variables)
             if (b >= variable_begin(v) && b < variable_begin(v) + v.bytes)
                 return formatted("shared %s + %td bytes", v.name.c_str(), b - variable_begin(v));
         if (b >= dynamic && b < dynamic + sizeof pm_shared)
             return formatted("dynamic shared memory + %td bytes (of %zu)", b - dynamic,
                              kernel->dynamic_bytes);
     }
-    return formatted("%p", p);
+    const std::string device = describe_device(p);
+    return device.empty() ? formatted("%p", p) : device;
 }
 
 void check_aligned(const void *p, size_t alignment, const char *what)
@@ -543,7 +538,7 @@ void check_shared(const void *p, size_t bytes, size_t alignment, const char *wha
 
 static void poison_shared()
 {
-    for (const SharedVariable &v : kernel_symbols->variables)
+    for (const SharedVariable &v : kernel->symbols->variables)
         memset(variable_begin(v), 0xff, v.bytes);
     ASAN_UNPOISON_MEMORY_REGION(pm_shared, sizeof pm_shared);
     memset(pm_shared, 0xff, kernel->dynamic_bytes + CANARY);
@@ -576,8 +571,8 @@ void async_copy(void *shared, const void *global, int bytes, int source_bytes, c
              source_bytes);
     if (source_bytes && in_shared_storage(global))
         fail("the source of cp.async (%s:%d) is in shared memory", base_name(file), line);
-    race_access(shared, (size_t)bytes, true, file, line);
-    race_access(global, (size_t)source_bytes, false, file, line);
+    race_access(shared, (size_t)bytes, Kind::ISSUE, file, line);
+    race_access(global, (size_t)source_bytes, Kind::READ, file, line);
     memset(shared, 0xff, (size_t)bytes);
     copies[self_index].push_back({(char *)shared, (const char *)global, bytes, source_bytes,
                                   committed[self_index], file, line});
@@ -592,8 +587,8 @@ void async_wait(int groups_left)
     size_t n = 0;
     while (n < queue.size() && queue[n].group < until) {
         const Copy &c = queue[n++];
-        race_access(c.shared, (size_t)c.bytes, true, c.file, c.line);
-        race_access(c.global, (size_t)c.source_bytes, false, c.file, c.line);
+        race_access(c.shared, (size_t)c.bytes, Kind::ARRIVAL, c.file, c.line);
+        race_access(c.global, (size_t)c.source_bytes, Kind::READ, c.file, c.line);
         memcpy(c.shared, c.global, (size_t)c.source_bytes);
         memset(c.shared + c.source_bytes, 0, (size_t)(c.bytes - c.source_bytes));
     }
@@ -737,12 +732,11 @@ static void run_blocks()
     }
 }
 
-bool run(const Kernel &k)
+void run(const Kernel &k)
 {
     static std::mutex one_at_a_time;
     std::lock_guard<std::mutex> lock(one_at_a_time);
     kernel = &k;
-    kernel_symbols = &symbols(k.function);
     tls_base = (char *)pm_shared - dynamic_offset();
     gridDim = k.grid, blockDim = k.block;
     block.threads = (int)(k.block.x * k.block.y * k.block.z);
@@ -765,7 +759,6 @@ bool run(const Kernel &k)
             free_stacks[free_stack_count++] = i;
     }
     kernel = nullptr;
-    return fault.empty();
 }
 
 } // namespace pm_host

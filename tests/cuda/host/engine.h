@@ -57,12 +57,13 @@ void async_commit();
 void async_wait(int groups_left); // -1: all, committed or not
 
 // The race detector's view of atomics and fences (race build only; else empty).
+enum class Kind { READ, WRITE, ATOMIC, ISSUE, ARRIVAL }; // the last two: of a cp.async's destination
 #ifdef PM_HOST_RACE
-void race_atomic(const void *p, size_t bytes);
-void race_access(const void *p, size_t bytes, bool write, const char *file, int line);
+void race_atomic(const void *p, size_t bytes, const void *pc);
+void race_access(const void *p, size_t bytes, Kind kind, const char *file, int line);
 #else
-inline void race_atomic(const void *, size_t) {}
-inline void race_access(const void *, size_t, bool, const char *, int) {}
+inline void race_atomic(const void *, size_t, const void *) {}
+inline void race_access(const void *, size_t, Kind, const char *, int) {}
 #endif
 
 // Is this range in the shared memory of the running block? Fails, naming `what`, when not.
@@ -70,16 +71,16 @@ void check_shared(const void *p, size_t bytes, size_t alignment, const char *wha
 void check_aligned(const void *p, size_t alignment, const char *what);
 
 // A launch: arguments are copied now, the kernel runs when its stream does (runtime.cpp).
-void enqueue(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+void enqueue(const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
              void *stream, size_t parameter_bytes, std::function<void()> thread);
 
 template <class... P, class... A>
-void launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
             void *stream, A &&...arguments)
 {
     static_assert(sizeof...(P) == sizeof...(A), "the launch gives another number of arguments");
     std::tuple<P...> copy(static_cast<P>(std::forward<A>(arguments))...);
-    enqueue(name, (const void *)kernel, grid, block, dynamic_bytes, stream,
+    enqueue((const void *)kernel, grid, block, dynamic_bytes, stream,
             (size_t{0} + ... + sizeof(P)),
             [kernel, copy]() { std::apply(kernel, copy); });
 }

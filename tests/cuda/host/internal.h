@@ -30,26 +30,25 @@ extern std::string complaint;
 bool complain(const char *format, ...) __attribute__((format(printf, 1, 2))); // returns false
 
 // ------------------------------------------------------------------ running a kernel
-struct Kernel {
-    std::string name;
-    const void *function;
-    dim3 grid, block;
-    size_t dynamic_bytes;
-    std::function<void()> thread;
-};
-bool run(const Kernel &kernel); // false: fault says why
-
 // A kernel's static shared memory, found by its symbols.
 struct SharedVariable {
     std::string name;
     size_t offset, bytes; // in the block of thread-local storage
 };
 struct KernelSymbols {
-    std::string mangled;
+    std::string name; // "product<64, 32>"
     std::vector<SharedVariable> variables;
     size_t static_bytes = 0;
     size_t dynamic_limit = 48 * 1024; // cudaFuncAttributeMaxDynamicSharedMemorySize
 };
+struct Kernel {
+    const KernelSymbols *symbols;
+    dim3 grid, block;
+    size_t dynamic_bytes;
+    std::function<void()> thread;
+};
+void run(const Kernel &kernel); // when it failed, fault says why
+
 KernelSymbols &symbols(const void *function);
 size_t dynamic_offset(); // of pm_shared in the block of thread-local storage
 size_t storage_bytes();  // of that block
@@ -64,6 +63,7 @@ extern int self_index;                        // thread of the block that runs; 
 
 // Device memory (runtime.cpp).
 bool in_device(const void *p, size_t bytes); // within one allocation
+std::string describe_device(const void *p);  // "device memory + 8 bytes (of 256)"; empty when it is none
 
 #ifdef PM_HOST_RACE
 void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes);

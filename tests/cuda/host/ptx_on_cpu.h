@@ -3,7 +3,7 @@
 #include "device.h"
 
 #define PM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                  \
-    pm_host::launch(#kernel, (kernel), (grid), (block), (shared_bytes), (stream)__VA_OPT__(, )     \
+    pm_host::launch((kernel), (grid), (block), (shared_bytes), (stream)__VA_OPT__(, )     \
                         __VA_ARGS__)
 
 namespace pm_host {

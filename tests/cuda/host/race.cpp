@@ -22,7 +22,7 @@ namespace pm_host {
 // ------------------------------------------------------------------ what is remembered
 // An access: who, when, where. epoch counts block barriers and blocks; clock is the thread's own.
 struct Record {
-    uint64_t thread : 10, atomic : 1, clock : 26, epoch : 27;
+    uint64_t thread : 10, atomic : 1, flying : 1, clock : 26, epoch : 26; // flying: of a cp.async
     uint32_t place; // of the instruction: offset in the library; from SITES on: an index of sites
     uint32_t bytes; // which of the cell's two
 };
@@ -32,7 +32,7 @@ struct Cell {
     Record write, last, before, other;
 };
 constexpr uint32_t SITES = 0x80000000u;
-constexpr uint64_t LAST_EPOCH = (1u << 27) - 4096;
+constexpr uint64_t MOST_EPOCHS = 1u << 26, MOST_CLOCKS = 1u << 26;
 constexpr size_t CELL_BYTES = 2;
 
 static uint64_t epoch = 1, block_epoch, launch_epoch; // now; of the block's and the launch's begin
@@ -104,7 +104,7 @@ void race_release(char *p) { taken.erase(p); }
 // ------------------------------------------------------------------ messages
 static std::string place_name(uint32_t place)
 {
-    char text[512] = "?";
+    char text[512];
     if (place >= SITES) {
         const auto &s = sites[place - SITES];
         const char *slash = strrchr(s.first, '/');
@@ -113,16 +113,19 @@ static std::string place_name(uint32_t place)
     }
     Dl_info library;
     if (!dladdr((const void *)&place_name, &library))
-        return text;
-    char command[1024];
-    snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%x 2>/dev/null", library.dli_fname, place);
+        return "?";
+    char command[1024], line[512];
+    snprintf(command, sizeof command, "addr2line -s -i -e '%s' 0x%x 2>/dev/null", library.dli_fname, place);
+    std::string name;
     if (FILE *pipe = popen(command, "r")) {
-        if (!fgets(text, sizeof text, pipe))
-            strcpy(text, "?");
+        while (fgets(line, sizeof line, pipe)) { // the line, then those it was inlined into
+            line[strcspn(line, " \n")] = 0;
+            if (strncmp(line, "device.h", 8) && strncmp(line, "cuda_", 5))
+                name += (name.empty() ? "" : ", called at ") + std::string(line);
+        }
         pclose(pipe);
     }
-    text[strcspn(text, " \n")] = 0;
-    return text;
+    return name.empty() ? "?" : name;
 }
 
 static uint32_t place_of(const void *pc)
@@ -203,8 +206,9 @@ static void outside(const char *p, size_t bytes, bool write)
          shared_shadow.has(p) ? "shared memory of this kernel" : "an allocation of device memory");
 }
 
-static void access(const char *p, size_t bytes, bool write, bool atomic, uint32_t place)
+static void access(const char *p, size_t bytes, Kind kind, uint32_t place)
 {
+    const bool write = kind != Kind::READ;
     const bool shared = shared_shadow.has(p);
     if (!shared && !device_shadow.has(p))
         return;
@@ -217,9 +221,10 @@ static void access(const char *p, size_t bytes, bool write, bool atomic, uint32_
         outside(p, bytes, write);
     const Shadow &shadow = shared ? shared_shadow : device_shadow;
     Record me;
-    me.thread = (uint64_t)self_index & 1023, me.atomic = atomic;
-    me.clock = clocks[self_index][self_index % 32] & ((1u << 26) - 1);
-    me.epoch = epoch & ((1u << 27) - 1);
+    me.thread = (uint64_t)self_index & 1023, me.atomic = kind == Kind::ATOMIC;
+    me.clock = clocks[self_index][self_index % 32] % MOST_CLOCKS;
+    me.epoch = epoch % MOST_EPOCHS;
+    me.flying = kind == Kind::ISSUE;
     me.place = place;
     for (size_t done = 0; done < bytes;) {
         const size_t offset = (size_t)(p + done - shadow.begin), at = offset % CELL_BYTES;
@@ -229,7 +234,12 @@ static void access(const char *p, size_t bytes, bool write, bool atomic, uint32_
         if (shared && !write && c.write.epoch < block_epoch)
             fail("uninitialised: reads %s (%s), which no thread has written",
                  describe(p + done).c_str(), place_name(place).c_str());
-        if ((c.write.bytes & me.bytes) && !(atomic && c.write.atomic) && !ordered(c.write, shared))
+        if (c.write.flying && (c.write.bytes & me.bytes) && c.write.epoch >= block_epoch &&
+            kind != Kind::ARRIVAL)
+            fail("%s %s (%s), where a cp.async of thread %s (%s) has not arrived: nobody waited for it",
+                 write ? "writes" : "reads", describe(p + done).c_str(), place_name(place).c_str(),
+                 thread_name((int)c.write.thread).c_str(), place_name(c.write.place).c_str());
+        if ((c.write.bytes & me.bytes) && !(me.atomic && c.write.atomic) && !ordered(c.write, shared))
             report(p + done, write, place, c.write, true);
         if (write) {
             for (const Record *r : {&c.last, &c.before, &c.other})
@@ -247,14 +257,14 @@ static void access(const char *p, size_t bytes, bool write, bool atomic, uint32_
     }
 }
 
-void race_access(const void *p, size_t bytes, bool write, const char *file, int line)
+void race_access(const void *p, size_t bytes, Kind kind, const char *file, int line)
 {
-    access((const char *)p, bytes, write, false, site(file, line));
+    access((const char *)p, bytes, kind, site(file, line));
 }
 
-void race_atomic(const void *p, size_t bytes)
+void race_atomic(const void *p, size_t bytes, const void *pc)
 {
-    access((const char *)p, bytes, true, true, place_of(__builtin_return_address(0)));
+    access((const char *)p, bytes, Kind::ATOMIC, place_of(pc));
     if (!shared_shadow.has(p))
         block_acquired = true;
 }
@@ -263,7 +273,7 @@ void race_atomic(const void *p, size_t bytes)
 void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes)
 {
     shared_shadow.cover(shared, shared_bytes);
-    if (epoch > LAST_EPOCH / 2) {
+    if (epoch > MOST_EPOCHS / 2) {
         shared_shadow.forget();
         device_shadow.forget();
         epoch = 1;
@@ -308,17 +318,17 @@ void race_collective(int warp, uint32_t lanes)
 } // namespace pm_host
 
 // ------------------------------------------------------------------ what the compiler calls
-#define ACCESS(name, bytes, write)                                                                 \
+#define ACCESS(name, bytes, kind)                                                                  \
     extern "C" void __tsan_##name(void *p)                                                         \
     {                                                                                              \
-        pm_host::access((char *)p, bytes, write, false,                                            \
+        pm_host::access((char *)p, bytes, pm_host::Kind::kind,                                    \
                         pm_host::place_of(__builtin_return_address(0)));                           \
     }
 #define ACCESSES(bytes)                                                                            \
-    ACCESS(read##bytes, bytes, false)                                                              \
-    ACCESS(write##bytes, bytes, true)                                                              \
-    ACCESS(unaligned_read##bytes, bytes, false)                                                    \
-    ACCESS(unaligned_write##bytes, bytes, true)
+    ACCESS(read##bytes, bytes, READ)                                                              \
+    ACCESS(write##bytes, bytes, WRITE)                                                              \
+    ACCESS(unaligned_read##bytes, bytes, READ)                                                    \
+    ACCESS(unaligned_write##bytes, bytes, WRITE)
 ACCESSES(1)
 ACCESSES(2)
 ACCESSES(4)
@@ -326,11 +336,11 @@ ACCESSES(8)
 ACCESSES(16)
 extern "C" void __tsan_read_range(void *p, size_t bytes)
 {
-    pm_host::access((char *)p, bytes, false, false, pm_host::place_of(__builtin_return_address(0)));
+    pm_host::access((char *)p, bytes, pm_host::Kind::READ, pm_host::place_of(__builtin_return_address(0)));
 }
 extern "C" void __tsan_write_range(void *p, size_t bytes)
 {
-    pm_host::access((char *)p, bytes, true, false, pm_host::place_of(__builtin_return_address(0)));
+    pm_host::access((char *)p, bytes, pm_host::Kind::WRITE, pm_host::place_of(__builtin_return_address(0)));
 }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void *) {}

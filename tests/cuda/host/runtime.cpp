@@ -185,6 +185,20 @@ bool in_device(const void *p, size_t bytes)
     return (char *)p + bytes <= at->first + at->second.bytes;
 }
 
+std::string describe_device(const void *p)
+{
+    LOCK;
+    auto at = device_memory.upper_bound((char *)p);
+    if (at == device_memory.begin())
+        return "";
+    --at;
+    const size_t offset = (size_t)((char *)p - at->first);
+    if (offset >= at->second.bytes + 64) // a little behind its end it is still this one
+        return "";
+    return "device memory + " + std::to_string(offset) + " bytes (of " +
+           std::to_string(at->second.bytes) + ")";
+}
+
 static bool in_pinned(const void *p)
 {
     auto at = pinned_memory.upper_bound((char *)p);
@@ -203,12 +217,13 @@ void count_launch(const char *name)
     launches[name]++;
 }
 
-void enqueue(const char *name, const void *function, dim3 grid, dim3 block, size_t dynamic_bytes,
+void enqueue(const void *function, dim3 grid, dim3 block, size_t dynamic_bytes,
              void *stream, size_t parameter_bytes, std::function<void()> thread)
 {
     LOCK;
     const uint64_t n = (uint64_t)block.x * block.y * block.z;
     const KernelSymbols &k = symbols(function);
+    const char *name = k.name.c_str();
     if (n == 0 || n > 1024 || block.x > 1024 || block.y > 1024 || block.z > 64)
         wrong(cudaErrorInvalidConfiguration,
               "kernel %s: a block of (%u, %u, %u) threads; allowed: at least 1, at most 1024, z at most "
@@ -236,10 +251,9 @@ void enqueue(const char *name, const void *function, dim3 grid, dim3 block, size
         wrong(cudaErrorInvalidValue, "kernel %s: %zu bytes of arguments; at most 4096", name,
               parameter_bytes);
     else {
-        std::string plain = name[0] == '(' ? std::string(name + 1, strlen(name) - 2) : name;
-        Kernel kernel = {plain, function, grid, block, dynamic_bytes, std::move(thread)};
+        const Kernel kernel = {&k, grid, block, dynamic_bytes, std::move(thread)};
         if (!submit((cudaStream_t)stream, [kernel] {
-                count_launch(kernel.name.c_str());
+                count_launch(kernel.symbols->name.c_str());
                 run(kernel);
             }))
             result(cudaErrorInvalidResourceHandle);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 
+#include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
 #include <fcntl.h>
@@ -82,6 +83,24 @@ static std::string plain_name(const std::string &mangled)
     return length > 0 ? std::string(end, (size_t)length) : mangled;
 }
 
+// void (anonymous namespace)::product<64>(float*) -> product<64>
+static std::string kernel_name(const std::string &mangled)
+{
+    char *text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, nullptr);
+    std::string name = text ? text : mangled;
+    free(text);
+    const std::string anonymous = "(anonymous namespace)::";
+    for (size_t at; (at = name.find(anonymous)) != std::string::npos;)
+        name.erase(at, anonymous.size());
+    size_t begin = 0, end = 0;
+    for (int depth = 0; end < name.size() && (depth || name[end] != '('); end++) {
+        depth += name[end] == '<' ? 1 : name[end] == '>' ? -1 : 0;
+        if (!depth && name[end] == ' ')
+            begin = end + 1;
+    }
+    return name.substr(begin, end - begin);
+}
+
 size_t dynamic_offset()
 {
     if (!table.storage_bytes)
@@ -102,8 +121,8 @@ KernelSymbols &symbols(const void *function)
     const auto f = table.functions.find((uintptr_t)function);
     if (f == table.functions.end())
         give_up("a kernel is not in the symbol table of this library");
-    k.mangled = f->second;
-    const std::string prefix = "_ZZ" + k.mangled.substr(2) + "E";
+    k.name = kernel_name(f->second);
+    const std::string prefix = "_ZZ" + f->second.substr(2) + "E";
     for (const SharedVariable &v : table.variables)
         if (!v.name.compare(0, prefix.size(), prefix)) {
             k.variables.push_back({plain_name(v.name.substr(prefix.size())), v.offset, v.bytes});
