@@ -4,16 +4,21 @@
  * expert while they are in L2. The plan groups come first and leave a row of D per plan row in
  * scratch; then the block of tokens that owns rows n0..n1 of y gathers what its tokens have there,
  * in the order of tok_row, and adds the shared groups on top. Backward walks the same two steps
- * with dx in the place of y, and keeps dpre and h for the third: the weights, cut by rows of dW.
- * So every element has one owner, and the order of a sum is that of the plan. */
+ * with dx in the place of y, and packs x, dy, h and dpre for the third: the gradients of the weights
+ * (product.h). So every element has one owner, and the order of a sum is that of the plan. */
 
 enum {
-    EXPERTS_MIN_ITEMS = 16,        /* blocks get smaller when there would be fewer */
-    EXPERTS_TASK_WORK = 250000,    /* multiply-adds that are worth a task */
-    EXPERTS_SLICE_WORK = 60 << 20, /* multiply-adds of a slice of a weight gradient, which has */
-    EXPERTS_SLICE_LEAST = 192,     /* at least so many rows: each slice reads all of x, or of h, */
-    EXPERTS_SLICE = 384,           /* and at most so many: they are packed in scratch */
+    EXPERTS_MIN_ITEMS = 16,     /* blocks get smaller when there would be fewer, */
+    EXPERTS_LEAST_BLOCK = 2,    /* down to so many slices */
+    EXPERTS_TASK_WORK = 250000, /* multiply-adds that are worth a task */
 };
+
+/* Backward: what a block of rows leaves for the weights' gradients. The rows of a plan group begin at
+ * an even one. */
+typedef struct {
+    product_side x, dy; /* dy times the row's weight */
+    float *dy_sums;     /* (blocks, D) */
+} experts_sides;
 
 /* One group of this call: what it has, and where. */
 typedef struct {
@@ -23,8 +28,14 @@ typedef struct {
     int64_t item0, items;          /* its share of the items of the phase */
     const product_word *up, *down; /* panels (forward: y = x W^T; backward: dx = dy W) */
     const float *up_bias, *down_bias; /* (F), (D) */
-    float *pre, *dpre, *h;            /* (rows, F) at distance ld_pre, ld, ld; pre may be NULL */
-    int64_t ld_pre, ld;
+    float *pre;                       /* (rows, F) at distance ld_pre, or NULL */
+    int64_t ld_pre;
+    /* backward */
+    const experts_sides *sides; /* of the plan, or of the tokens; its rows begin at side0 */
+    product_side dpre, h;       /* the same rows */
+    float *dpre_sums;           /* (blocks, F) */
+    int64_t side0;
+    int64_t block0, blocks; /* of rows; block0 is the first among those of all groups */
 } experts_group;
 
 typedef struct experts_job experts_job;
@@ -36,12 +47,13 @@ struct experts_job {
     experts_group *group; /* G plan groups, S shared ones */
     int64_t block;        /* slices of a block, at most */
     float *rows;          /* (R, D): what a plan row adds to y, or to dx */
-    float *dy;            /* (R, D): row_weight * dy, in plan order */
     float *out;           /* (N, D): y, or dx; NULL when dx is not wanted */
     char *worker;         /* worker_bytes for each thread */
     size_t worker_bytes;
     experts_item item; /* of the phase that runs now */
     int64_t items, chunk;
+    experts_sides plan, tokens;
+    double work; /* multiply-adds of a product over all groups */
 };
 
 /* ---------------------------------------------------------------- sizes */
@@ -60,31 +72,43 @@ static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g)
     return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)groups * 64;
 }
 
-/* Forward: rows of x as left operands, then rows of h. Backward: the same of dy and dpre, or what
- * the weight gradients need. */
-static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g, bool backward)
+/* Rows of x or dy as left operands, then rows of h or dpre. */
+static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g)
 {
-    int64_t width = pm_max(g->W, g->Z);
-    size_t rooms = product_room(kind, PM_ROWS, g->D);
-    if (!backward)
-        return rooms + (size_t)PM_ROWS * experts_ld(width) * sizeof(product_word);
-    rooms += product_room(kind, PM_ROWS, width);
-    size_t weights = product_wgrad_scratch(EXPERTS_SLICE, pm_max(width, g->D));
-    return pm_round64(rooms > weights ? rooms : weights);
+    return pm_round64(product_room(kind, PM_ROWS, g->D) +
+                      (size_t)(PM_ROWS * experts_ld(pm_max(g->W, g->Z))) * sizeof(product_word));
+}
+
+/* Bounds on the rows and on the blocks of rows of the plan groups, and of each shared group. */
+static inline int64_t experts_plan_rows(const pm_experts_args *g) { return g->G ? g->R + g->G : 0; }
+static inline int64_t experts_shared_rows(const pm_experts_args *g) { return g->S ? g->N : 0; }
+static inline int64_t experts_most_blocks(int64_t rows, int64_t groups)
+{
+    return rows / (EXPERTS_LEAST_BLOCK * PM_MR) + groups;
+}
+
+/* What a backward pass leaves for the weights. */
+static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
+{
+    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
+    const int64_t plan_sums = experts_most_blocks(plan_rows, g->G) * (g->D + g->W),
+                  sums = experts_most_blocks(rows, 1) * (g->D + g->S * g->Z);
+    const size_t plan = product_side_bytes(kind, plan_rows, g->D) +
+                        product_side_bytes(kind, plan_rows, g->W);
+    const size_t shared = product_side_bytes(kind, rows, g->D) +
+                          (size_t)g->S * product_side_bytes(kind, rows, g->Z);
+    return 2 * (plan + shared) + pm_round64((size_t)plan_sums * 4) + pm_round64((size_t)sums * 4);
 }
 
 static size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
     const pm_compute kind = ctx->backend->compute;
-    int64_t plan_rows = g->G ? g->R : 0;
     size_t bytes = pm_round64((size_t)(g->G + g->S) * sizeof(experts_group));
     bytes += (size_t)(!g->up.derived + !g->down.derived) *
              pm_round64(experts_packed_bytes(kind, g));
-    bytes += pm_round64((size_t)(plan_rows * g->D) * 4) * (backward ? 2 : 1);
-    if (backward)
-        bytes += 2 * (pm_round64((size_t)(plan_rows * experts_ld(g->W)) * 4) +
-                      pm_round64((size_t)(g->S * g->N * experts_ld(g->Z)) * 4));
-    return bytes + (size_t)pm_pool_threads(ctx->pool) * experts_worker_bytes(kind, g, backward);
+    bytes += pm_round64((size_t)(g->G ? g->R * g->D : 0) * 4);
+    bytes += backward ? experts_sides_bytes(kind, g) : 0;
+    return bytes + (size_t)pm_pool_threads(ctx->pool) * experts_worker_bytes(kind, g);
 }
 
 /* ---------------------------------------------------------------- items and tasks */
@@ -123,18 +147,18 @@ static inline int64_t experts_blocks(int64_t rows, int64_t block)
 {
     return pm_blocks(product_slices(rows), block);
 }
-/* The first row of block i of so many. */
+/* The first row of block i of so many, an even one. */
 static inline int64_t experts_cut(int64_t rows, int64_t blocks, int64_t i)
 {
     int64_t slices = product_slices(rows);
-    return product_cut(rows, slices, product_cut(slices, blocks, i));
+    return product_slice(rows, slices, product_cut(slices, blocks, i));
 }
 
 /* Slices of a block: PM_ROWS rows, less when that gives too few blocks. */
 static void experts_choose_block(experts_job *job)
 {
     const pm_experts_args *g = job->g;
-    for (job->block = PM_ROWS / PM_MR; job->block > 2; job->block--) {
+    for (job->block = PM_ROWS / PM_MR; job->block > EXPERTS_LEAST_BLOCK; job->block--) {
         int64_t routed = 0;
         for (int64_t i = 0; i < g->G; i++)
             routed += experts_blocks(job->group[i].rows, job->block);
@@ -213,7 +237,7 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
             down_scratch += backward ? by_width : by_d;
     }
     job->rows = pm_take(scratch, (size_t)(plan_rows * g->D) * 4);
-    job->worker_bytes = experts_worker_bytes(kind, g, backward);
+    job->worker_bytes = experts_worker_bytes(kind, g);
     experts_choose_block(job);
 }
 
@@ -281,27 +305,54 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
 
 /* tile = dh: h = gelu(pre), dot += dh * h, dpre = weight * dh * gelu'(pre). */
 typedef struct {
+    pm_compute kind;
     const float *pre, *weight; /* (rows, F); (rows) or NULL */
-    float *dpre, *h;           /* (rows, F) */
-    int64_t ld_pre, ld;
+    int64_t ld_pre;
+    product_word *dpre; /* (rows) left operands of F numbers, at distance ld */
+    int64_t ld;
+    const product_side *dpre_side, *h_side; /* the rows begin at row0 */
+    int64_t row0;
+    float *sum;      /* (F) += sum of dpre over the rows */
     vf dot[PM_ROWS]; /* lanes of <dh, h> of each row */
 } experts_hidden;
+
+/* One row's columns col ..; left of them are there. */
+static inline vf experts_hidden_row(experts_hidden *t, int64_t row, int64_t col, int64_t left,
+                                    const float *tile, vf *h)
+{
+    const float *pre = t->pre + row * t->ld_pre + col;
+    __builtin_prefetch(pre + PM_NR, 0, 2); /* of the next panel */
+    vf slope, dh = v_load(tile), x = v_get(pre, left);
+    *h = v_gelu_slope(x, &slope);
+    t->dot[row] = v_fma(dh, *h, t->dot[row]);
+    vf dpre = dh * slope;
+    if (t->weight)
+        dpre *= v_set(t->weight[row]);
+    experts_put(t->kind, t->dpre + row * t->ld, col, dpre);
+    return dpre;
+}
 
 static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                        float *tile)
 {
     experts_hidden *t = arg;
-    for (int i = 0; i < m; i++) {
-        vf weight = v_set(t->weight ? t->weight[row0 + i] : 1.0f), dot = t->dot[row0 + i];
-        for (int64_t j = 0; j < n; j += PM_WIDTH) {
-            vf x = v_get(t->pre + (row0 + i) * t->ld_pre + col0 + j, n - j);
-            vf slope, dh = v_load(tile + i * PM_NR + j), h = v_gelu_slope(x, &slope);
-            dot = v_fma(dh, h, dot);
-            int64_t at = (row0 + i) * t->ld + col0 + j;
-            v_store(t->h + at, h);
-            v_store(t->dpre + at, weight * dh * slope);
+    for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
+        const int64_t col = col0 + j, left = n - j;
+        vf sum = v_zero();
+        for (int64_t i = 0; i < m; i += 2) {
+            vf h[2] = {0}, dpre[2] = {0};
+            if (left > 0) {
+                dpre[0] = experts_hidden_row(t, row0 + i, col, left, tile + i * PM_NR + j, &h[0]);
+                if (i + 1 < m)
+                    dpre[1] = experts_hidden_row(t, row0 + i + 1, col, left,
+                                                 tile + (i + 1) * PM_NR + j, &h[1]);
+            }
+            product_side_put(t->kind, t->dpre_side, t->row0 + row0 + i, col, dpre[0], dpre[1]);
+            product_side_put(t->kind, t->h_side, t->row0 + row0 + i, col, h[0], h[1]);
+            sum += dpre[0] + dpre[1];
         }
-        t->dot[row0 + i] = dot;
+        if (left > 0)
+            v_put(t->sum + col, v_get(t->sum + col, left) + sum, left);
     }
 }
 
@@ -397,18 +448,25 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
 
 /* ---------------------------------------------------------------- backward: dpre, h, dx */
 
-/* m rows back through one expert, from row i0 of its rows: dy[i] are left operands of D numbers, room
- * has space for those of dpre. hidden->dot becomes <dh, h>; dx goes to out, when it is wanted. */
-static void experts_backward_rows(const experts_job *job, const experts_group *e, int64_t i0,
-                                  int64_t m, const product_word *const *dy, const float *weight,
-                                  experts_hidden *hidden, experts_out *out, product_word *room)
+/* m rows back through one expert, the rows i0.. of its block'th block: dy[i] are left operands of D
+ * numbers, room has space for those of dpre. hidden->dot becomes <dh, h>; dx goes to out, when it is
+ * wanted. */
+static void experts_backward_rows(const experts_job *job, const experts_group *e, int64_t block,
+                                  int64_t i0, int64_t m, const product_word *const *dy,
+                                  const float *weight, experts_hidden *hidden, experts_out *out,
+                                  product_word *room)
 {
+    hidden->kind = job->kind;
     hidden->pre = e->pre + i0 * e->ld_pre;
     hidden->weight = weight;
-    hidden->dpre = e->dpre + i0 * e->ld;
-    hidden->h = e->h + i0 * e->ld;
     hidden->ld_pre = e->ld_pre;
-    hidden->ld = e->ld;
+    hidden->dpre = room;
+    hidden->ld = experts_ld(e->F);
+    hidden->dpre_side = &e->dpre;
+    hidden->h_side = &e->h;
+    hidden->row0 = e->side0 + i0;
+    hidden->sum = e->dpre_sums + block * e->F;
+    memset(hidden->sum, 0, (size_t)e->F * 4);
     for (int64_t i = 0; i < m; i++)
         hidden->dot[i] = v_zero();
     product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
@@ -417,9 +475,22 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
         return;
     const product_word *dpre[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
-        dpre[i] = product_row(job->kind, hidden->dpre + i * e->ld, e->F, &room);
+        dpre[i] = room + i * hidden->ld;
     product_block(job->kind, m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D),
                   experts_out_tile, out);
+}
+
+/* Packs m rows of dy (times their weight) and of x as the rows row0.. of the sides: dy is in L2, as
+ * it has just been multiplied. */
+static void experts_pack(const experts_job *job, const experts_sides *sides, int64_t block,
+                         int64_t row0, int64_t m, const float *const *dy, const float *weight,
+                         const float *const *x)
+{
+    const int64_t D = job->g->D;
+    float *sum = sides->dy_sums + block * D;
+    memset(sum, 0, (size_t)D * 4);
+    product_side_pack(job->kind, &sides->dy, row0, m, dy, D, weight, sum);
+    product_side_pack(job->kind, &sides->x, row0, m, x, D, NULL, NULL);
 }
 
 static void experts_backward_plan(const experts_job *job, int64_t item, int worker)
@@ -429,24 +500,23 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
     int64_t i0 = experts_cut(e->rows, e->items, item),
             m = experts_cut(e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
+    const float *dy[PM_ROWS], *x[PM_ROWS];
     const product_word *rows[PM_ROWS];
     product_word *room = experts_room(job, worker);
     float from_bias[PM_ROWS]; /* <dy, down_bias> */
     for (int64_t i = 0; i < m; i++) {
-        const float *dy = job->d->dy + g->row_token[r0 + i] * D;
-        rows[i] = product_row(job->kind, dy, D, &room);
-        float *weighted = job->dy + (r0 + i) * D;
-        vf weight = v_set(g->row_weight[r0 + i]), dot = v_zero();
-        for (int64_t j = 0; j < D; j += PM_WIDTH) {
-            vf G = v_get(dy + j, D - j);
-            dot = v_fma(G, v_get(e->down_bias + j, D - j), dot);
-            v_put(weighted + j, weight * G, D - j);
-        }
+        dy[i] = job->d->dy + g->row_token[r0 + i] * D;
+        x[i] = g->x + g->row_token[r0 + i] * D;
+        rows[i] = product_row(job->kind, dy[i], D, &room);
+        vf dot = v_zero();
+        for (int64_t j = 0; j < D; j += PM_WIDTH)
+            dot = v_fma(v_get(dy[i] + j, D - j), v_get(e->down_bias + j, D - j), dot);
         from_bias[i] = v_sum(dot);
     }
     experts_hidden hidden;
     experts_out out = {job->rows + r0 * D, D, NULL, NULL, false};
-    experts_backward_rows(job, e, i0, m, rows, g->row_weight + r0, &hidden, &out, room);
+    experts_backward_rows(job, e, item, i0, m, rows, g->row_weight + r0, &hidden, &out, room);
+    experts_pack(job, e->sides, e->block0 + item, e->side0 + i0, m, dy, g->row_weight + r0, x);
     if (job->d->drow_weight)
         for (int64_t i = 0; i < m; i++)
             job->d->drow_weight[r0 + i] = v_sum(hidden.dot[i]) + from_bias[i];
@@ -457,57 +527,107 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
     const pm_experts_args *g = job->g;
     int64_t n0 = experts_cut(g->N, job->items, item),
             m = experts_cut(g->N, job->items, item + 1) - n0;
-    const product_word *dy[PM_ROWS];
+    const float *dy[PM_ROWS], *x[PM_ROWS];
+    const product_word *rows[PM_ROWS];
     product_word *room = experts_room(job, worker);
-    for (int64_t i = 0; i < m; i++)
-        dy[i] = product_row(job->kind, job->d->dy + (n0 + i) * g->D, g->D, &room);
+    for (int64_t i = 0; i < m; i++) {
+        dy[i] = job->d->dy + (n0 + i) * g->D;
+        x[i] = g->x + (n0 + i) * g->D;
+        rows[i] = product_row(job->kind, dy[i], g->D, &room);
+    }
     if (job->out)
         experts_gather(job, n0, n0 + m);
     experts_hidden hidden;
     for (int64_t s = 0; s < g->S; s++) {
         experts_out out = {job->out ? job->out + n0 * g->D : NULL, g->D, NULL, NULL, true};
-        experts_backward_rows(job, job->group + g->G + s, n0, m, dy, NULL, &hidden, &out, room);
+        experts_backward_rows(job, job->group + g->G + s, item, n0, m, rows, NULL, &hidden, &out,
+                              room);
     }
+    if (g->S)
+        experts_pack(job, &job->tokens, item, n0, m, dy, NULL, x);
 }
 
 /* ---------------------------------------------------------------- backward: weights */
 
-/* How many slices the n rows of a weight gradient are cut into, with columns of m, for a group. */
-static int64_t experts_slices(const experts_group *e, int64_t n, int64_t m)
+/* The tasks of dup and ddown of a group. */
+static product_wgrad_grid experts_up_grid(const experts_job *job, const experts_group *e)
 {
-    int64_t most = EXPERTS_SLICE_WORK / pm_max(1, e->rows * m);
-    return pm_blocks(n, pm_max(EXPERTS_SLICE_LEAST, pm_min(EXPERTS_SLICE, most)));
+    return product_wgrad_grid_of(e->F, job->g->D, e->rows, job->work);
+}
+static product_wgrad_grid experts_down_grid(const experts_job *job, const experts_group *e)
+{
+    return product_wgrad_grid_of(job->g->D, e->F, e->rows, job->work);
 }
 
-/* A slice of rows of dup, or of ddown, of one group, and the same part of the bias. The shared
- * groups, which have the most rows, go first: then the last tasks to finish are short ones. */
+/* A share of dup, or of ddown, of one group, and of the bias. The shared groups, which have the most
+ * rows, go first: then the last tasks to finish are short ones. */
 static void experts_backward_weights(const experts_job *job, int64_t item, int worker)
 {
-    const pm_experts_args *g = job->g;
+    (void)worker;
     const pm_experts_grads *d = job->d;
     item = job->items - 1 - item;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t D = g->D, F = e->F;
-    int64_t up_slices = experts_slices(e, F, D), down_slices = experts_slices(e, D, F);
-    bool shared = e - job->group >= g->G;
-    void *scratch = job->worker + (size_t)worker * job->worker_bytes;
-    if (item < up_slices) {
-        int64_t f0 = product_cut(F, up_slices, item), f1 = product_cut(F, up_slices, item + 1);
-        const int32_t *tokens = shared ? NULL : g->row_token + e->row0;
+    const int64_t D = job->g->D, F = e->F;
+    const product_wgrad_grid up = experts_up_grid(job, e), down = experts_down_grid(job, e);
+    const int64_t up_tasks = product_wgrad_tasks(&up);
+    if (item < up_tasks) {
+        const product_wgrad_share s = product_wgrad_share_of(&up, item);
         if (d->dup)
-            product_wgrad(e->rows, e->dpre, e->ld, g->x, D, tokens, f0, f1, D,
-                          d->dup + e->first * D, D, scratch);
-        if (d->dup_bias)
-            product_bias_grad(e->rows, e->dpre, e->ld, f0, f1, d->dup_bias + e->first);
+            product_wgrad(job->kind, &e->dpre, &e->sides->x, e->side0, e->rows, s,
+                          d->dup + e->first * D, D);
+        if (d->dup_bias && s.d0 == 0)
+            product_add_sums(e->blocks, e->dpre_sums, F, s.f0, s.f1, d->dup_bias + e->first);
     } else {
-        item -= up_slices;
-        int64_t d0 = product_cut(D, down_slices, item), d1 = product_cut(D, down_slices, item + 1);
-        const float *dy = shared ? d->dy : job->dy + e->row0 * D;
+        const product_wgrad_share s = product_wgrad_share_of(&down, item - up_tasks);
         if (d->ddown)
-            product_wgrad(e->rows, dy, D, e->h, e->ld, NULL, d0, d1, F, d->ddown + e->first * D, F,
-                          scratch);
-        if (d->ddown_bias)
-            product_bias_grad(e->rows, dy, D, d0, d1, d->ddown_bias + (e - job->group) * D);
+            product_wgrad(job->kind, &e->sides->dy, &e->h, e->side0, e->rows, s,
+                          d->ddown + e->first * D, F);
+        if (d->ddown_bias && s.d0 == 0)
+            product_add_sums(e->blocks, e->sides->dy_sums + e->block0 * D, D, s.f0, s.f1,
+                             d->ddown_bias + (e - job->group) * D);
+    }
+}
+
+/* Places what the blocks of rows leave for the weights. */
+static void experts_place_sides(experts_job *job, void **scratch)
+{
+    const pm_experts_args *g = job->g;
+    const pm_compute kind = job->kind;
+    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
+    const int64_t plan_blocks = experts_most_blocks(plan_rows, g->G),
+                  blocks = experts_most_blocks(rows, 1);
+    job->plan.x = product_side_take(kind, plan_rows, g->D, scratch);
+    job->plan.dy = product_side_take(kind, plan_rows, g->D, scratch);
+    const product_side dpre = product_side_take(kind, plan_rows, g->W, scratch),
+                       h = product_side_take(kind, plan_rows, g->W, scratch);
+    float *sums = pm_take(scratch, (size_t)(plan_blocks * (g->D + g->W)) * 4);
+    job->plan.dy_sums = sums;
+    sums += plan_blocks * g->D;
+    int64_t side0 = 0, block0 = 0;
+    for (experts_group *e = job->group; e < job->group + g->G; e++) {
+        e->sides = &job->plan;
+        e->dpre = dpre;
+        e->h = h;
+        e->side0 = side0;
+        e->block0 = block0;
+        e->blocks = experts_blocks(e->rows, job->block);
+        e->dpre_sums = sums;
+        side0 += product_even(e->rows);
+        block0 += e->blocks;
+        sums += e->blocks * e->F;
+    }
+    job->tokens.x = product_side_take(kind, rows, g->D, scratch);
+    job->tokens.dy = product_side_take(kind, rows, g->D, scratch);
+    sums = pm_take(scratch, (size_t)(blocks * (g->D + g->S * g->Z)) * 4);
+    job->tokens.dy_sums = sums;
+    sums += blocks * g->D;
+    for (experts_group *e = job->group + g->G; e < job->group + g->G + g->S; e++) {
+        e->sides = &job->tokens;
+        e->dpre = product_side_take(kind, rows, g->Z, scratch);
+        e->h = product_side_take(kind, rows, g->Z, scratch);
+        e->blocks = experts_blocks(e->rows, job->block);
+        e->dpre_sums = sums;
+        sums += e->blocks * e->F;
     }
 }
 
@@ -516,24 +636,12 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
 {
     experts_job job = {.g = g, .d = d, .out = d->dx};
     experts_begin(ctx, &job, true, &scratch);
-    int64_t plan_rows = g->G ? g->R : 0, ld = experts_ld(g->W), ld_shared = experts_ld(g->Z);
-    job.dy = pm_take(&scratch, (size_t)(plan_rows * g->D) * 4);
-    float *dpre = pm_take(&scratch, (size_t)(plan_rows * ld) * 4);
-    float *h = pm_take(&scratch, (size_t)(plan_rows * ld) * 4);
-    float *dpre_shared = pm_take(&scratch, (size_t)(g->S * g->N * ld_shared) * 4);
-    float *h_shared = pm_take(&scratch, (size_t)(g->S * g->N * ld_shared) * 4);
+    experts_place_sides(&job, &scratch);
     job.worker = scratch;
-    for (int64_t i = 0; i < g->G + g->S; i++) {
-        experts_group *e = job.group + i;
-        int64_t at = i < g->G ? e->row0 * ld : (i - g->G) * g->N * ld_shared;
-        e->ld = i < g->G ? ld : ld_shared;
-        e->dpre = (i < g->G ? dpre : dpre_shared) + at;
-        e->h = (i < g->G ? h : h_shared) + at;
-    }
-
-    double work;
-    int64_t blocks = experts_plan_blocks(&job, &work);
-    experts_run(ctx, &job, blocks, 2 * work, experts_backward_plan);
+    double plan_work;
+    int64_t blocks = experts_plan_blocks(&job, &plan_work);
+    job.work = 2 * (plan_work + experts_shared_work(&job));
+    experts_run(ctx, &job, blocks, 2 * plan_work, experts_backward_plan);
     int64_t used = g->G ? g->row_off[g->G] : 0;
     if (d->drow_weight && g->R > used)
         memset(d->drow_weight + used, 0, (size_t)(g->R - used) * 4);
@@ -543,13 +651,12 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     if (!d->dup && !d->dup_bias && !d->ddown && !d->ddown_bias)
         return PM_OK;
     int64_t items = 0;
-    for (int64_t i = 0; i < g->G + g->S; i++) {
-        experts_group *e = job.group + i;
+    for (experts_group *e = job.group; e < job.group + g->G + g->S; e++) {
+        const product_wgrad_grid up = experts_up_grid(&job, e), down = experts_down_grid(&job, e);
         e->item0 = items;
-        e->items = e->rows ? experts_slices(e, e->F, g->D) + experts_slices(e, g->D, e->F) : 0;
+        e->items = e->rows ? product_wgrad_tasks(&up) + product_wgrad_tasks(&down) : 0;
         items += e->items;
     }
-    experts_run(ctx, &job, items, 2 * work + 2 * experts_shared_work(&job),
-                experts_backward_weights);
+    experts_run(ctx, &job, items, job.work, experts_backward_weights);
     return PM_OK;
 }

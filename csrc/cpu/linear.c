@@ -9,6 +9,10 @@ typedef struct {
     const float *dpre;          /* (N, F): dy * act'(pre); dy itself when there is no activation */
     void *scratch;              /* worker_bytes for each worker */
     size_t worker_bytes;
+    product_side left,
+        right;   /* dpre and x, packed for dweight; at is NULL when that isn't wanted */
+    float *sums; /* (grid.row_tasks, F): of the rows of dpre of a block */
+    product_wgrad_grid wgrad;
 } linear_job;
 
 /* The finish callback's view of a task. */
@@ -16,12 +20,6 @@ typedef struct {
     const linear_job *job;
     int64_t row0; /* first row of the task's block */
 } linear_block;
-
-/* Cuts used by workspace() and by the passes alike. */
-static product_grid linear_wgrad_grid(const pm_linear_args *g)
-{
-    return product_wgrad_grid(g->F, g->D, g->N);
-}
 
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {
@@ -34,8 +32,8 @@ static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool 
         return bytes;
     if (g->activation != PM_ACT_NONE)
         bytes += pm_round64((size_t)(g->N * g->F) * 4);
-    product_grid grid = linear_wgrad_grid(g);
-    return bytes + workers * product_grid_wgrad_scratch(&grid);
+    bytes += product_side_bytes(kind, g->N, g->F) + product_side_bytes(kind, g->N, g->D);
+    return bytes + pm_round64((size_t)(product_grid_of(g->N, n, k).row_tasks * g->F) * 4);
 }
 
 /* The rows of a task, n0 .. n0+m-1 of x, as left operands of k numbers. */
@@ -142,36 +140,55 @@ static void linear_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64
     }
 }
 
+/* Packs the rows n0 .. n0+m-1 of dpre and x for the weight gradient, and sums those of dpre. */
+static void linear_pack(const linear_job *job, int64_t block, int64_t n0, int64_t m)
+{
+    const pm_linear_args *g = job->g;
+    const float *dpre[PM_ROWS], *x[PM_ROWS];
+    for (int64_t i = 0; i < m; i++) {
+        dpre[i] = job->dpre + (n0 + i) * g->F;
+        x[i] = g->x + (n0 + i) * g->D;
+    }
+    float *sum = job->sums + block * g->F;
+    memset(sum, 0, (size_t)g->F * 4);
+    product_side_pack(job->kind, &job->left, n0, m, dpre, g->F, NULL, sum);
+    product_side_pack(job->kind, &job->right, n0, m, x, g->D, NULL, NULL);
+}
+
+/* A block of dx. The first task that has its rows packs them: dpre is in L2 then. */
 static void linear_dx_task(void *arg, int64_t task, int worker)
 {
     const linear_job *job = arg;
     const pm_linear_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    const product_word *rows[PM_ROWS];
-    linear_rows(job, job->dpre, s.row0, s.rows, g->F, worker, rows);
-    product_block(job->kind, s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1,
-                  linear_dx_finish, &(linear_block){job, s.row0});
+    if (job->d->dx) {
+        const product_word *rows[PM_ROWS];
+        linear_rows(job, job->dpre, s.row0, s.rows, g->F, worker, rows);
+        product_block(job->kind, s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1,
+                      linear_dx_finish, &(linear_block){job, s.row0});
+    }
+    if (job->left.at && s.panel0 == 0)
+        linear_pack(job, task % job->grid.row_tasks, s.row0, s.rows);
 }
 
 /* dweight += dpre^T . x; dbias += sum of dpre. A task owns its outputs. */
 static void linear_wgrad_task(void *arg, int64_t task, int worker)
 {
+    (void)worker;
     const linear_job *job = arg;
     const pm_linear_args *g = job->g;
-    product_share s = product_share_of(&job->grid, task);
-    int64_t d0 = s.panel0 * PM_NR, d1 = pm_min(g->D, s.panel1 * PM_NR);
+    const product_wgrad_share s = product_wgrad_share_of(&job->wgrad, task);
     if (job->d->dweight)
-        product_wgrad(g->N, job->dpre, g->F, g->x + d0, g->D, NULL, s.row0, s.row0 + s.rows,
-                      d1 - d0, job->d->dweight + d0, g->D,
-                      (char *)job->scratch + (size_t)worker * job->worker_bytes);
-    if (job->d->dbias && d0 == 0)
-        product_bias_grad(g->N, job->dpre, g->F, s.row0, s.row0 + s.rows, job->d->dbias);
+        product_wgrad(job->kind, &job->left, &job->right, 0, g->N, s, job->d->dweight, g->D);
+    if (job->d->dbias && s.d0 == 0)
+        product_add_sums(job->grid.row_tasks, job->sums, g->F, s.f0, s.f1, job->d->dbias);
 }
 
 static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_linear_grads *d,
                                  void *scratch)
 {
-    if (g->N == 0)
+    const bool weights = d->dweight || d->dbias;
+    if (g->N == 0 || (!d->dx && !weights))
         return PM_OK;
     const pm_compute kind = ctx->backend->compute;
     linear_job job = {.g = g, .d = d, .kind = kind, .dpre = d->dy};
@@ -179,21 +196,25 @@ static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_
         job.dpre = pm_take(&scratch, (size_t)(g->N * g->F) * 4);
         pm_parallel(ctx->pool, pm_blocks(g->N * g->F, LINEAR_ELEMENTS), linear_dpre_task, &job);
     }
-    if (d->dx) {
-        void *room = scratch;
-        void *panels = g->weight.derived ? NULL
-                                         : pm_take(&room, product_panel_bytes(kind, g->D, g->F));
-        job.panels = product_backward_of(ctx, g->weight, g->F, g->D, panels);
-        job.scratch = room;
-        job.worker_bytes = product_room(kind, PM_ROWS, g->F);
-        job.grid = product_grid_of(g->N, g->D, g->F);
-        pm_parallel(ctx->pool, product_tasks(&job.grid), linear_dx_task, &job);
+    job.grid = product_grid_of(g->N, g->D, g->F);
+    if (weights) {
+        job.left = product_side_take(kind, g->N, g->F, &scratch);
+        job.right = product_side_take(kind, g->N, g->D, &scratch);
+        job.sums = pm_take(&scratch, (size_t)(job.grid.row_tasks * g->F) * 4);
     }
-    if (d->dweight || d->dbias) {
-        job.grid = linear_wgrad_grid(g);
-        job.scratch = scratch; /* the panels are no longer needed */
-        job.worker_bytes = product_grid_wgrad_scratch(&job.grid);
-        pm_parallel(ctx->pool, product_tasks(&job.grid), linear_wgrad_task, &job);
+    if (d->dx) {
+        void *panels = g->weight.derived ? NULL
+                                         : pm_take(&scratch, product_panel_bytes(kind, g->D, g->F));
+        job.panels = product_backward_of(ctx, g->weight, g->F, g->D, panels);
+        job.scratch = scratch;
+        job.worker_bytes = product_room(kind, PM_ROWS, g->F);
+    } else {
+        job.grid.panel_tasks = 1;
+    }
+    pm_parallel(ctx->pool, product_tasks(&job.grid), linear_dx_task, &job);
+    if (weights) {
+        job.wgrad = product_wgrad_grid_of(g->F, g->D, g->N, (double)(g->F * g->D) * (double)g->N);
+        pm_parallel(ctx->pool, product_wgrad_tasks(&job.wgrad), linear_wgrad_task, &job);
     }
     return PM_OK;
 }

@@ -65,9 +65,11 @@ typedef struct {
     pm_compute kind;
     const product_word *panels;
     int64_t *offset; /* (P): patch_offsets */
-    float *rows;     /* backward: (B*T, P), all patches */
     char *scratch;   /* worker_bytes for each worker */
     size_t worker_bytes;
+    product_side left, right; /* backward: dy and the patches, packed for dweight */
+    float *sums;              /* (tasks, D): of the rows of dy of a task */
+    product_wgrad_grid wgrad;
 } patch_embed_job;
 
 /* The finish callback's view of a task. */
@@ -75,6 +77,8 @@ typedef struct {
     const patch_embed_job *job;
     int64_t row0; /* first row of the task's block */
 } patch_embed_block;
+
+#define PATCH_EMBED_ROWS 64 /* patches packed by a task of the backward pass */
 
 /* Bytes of a forward task: its patches, and those as left operands. */
 static size_t patch_embed_room(pm_compute kind, int64_t P)
@@ -91,11 +95,13 @@ static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args
         bytes += g->weight.derived ? 0 : product_panel_bytes(kind, g->D, g->P);
         return bytes + workers * patch_embed_room(kind, g->P);
     }
-    bytes += g->weight.derived ? 0 : product_panel_bytes(kind, g->P, g->D);
-    bytes += workers * product_room(kind, PM_ROWS, g->D);
-    product_grid grid = product_wgrad_grid(g->D, g->P, g->B * g->T);
-    return bytes + pm_round64((size_t)(g->B * g->T * g->P) * 4) +
-           workers * product_grid_wgrad_scratch(&grid);
+    const int64_t N = g->B * g->T;
+    size_t dx = g->weight.derived ? 0 : product_panel_bytes(kind, g->P, g->D);
+    dx += workers * product_room(kind, PM_ROWS, g->D);
+    size_t weights = product_side_bytes(kind, N, g->D) + product_side_bytes(kind, N, g->P) +
+                     pm_round64((size_t)(pm_blocks(N, PATCH_EMBED_ROWS) * g->D) * 4) +
+                     workers * pm_round64((size_t)(PATCH_EMBED_ROWS * g->P) * 4);
+    return bytes + (dx > weights ? dx : weights);
 }
 
 static pm_status patch_embed_begin(pm_ctx *ctx, const pm_patch_embed_args *g, patch_embed_job *job,
@@ -199,32 +205,39 @@ static void patch_embed_dx_task(void *arg, int64_t task, int worker)
                   patch_embed_dx_finish, &(patch_embed_block){job, s.row0});
 }
 
-#define PATCH_EMBED_ROWS 64 /* patches gathered by a task */
-
-static void patch_embed_gather_task(void *arg, int64_t task, int worker)
+/* Packs some rows of dy and their patches, and sums those of dy. */
+static void patch_embed_pack_task(void *arg, int64_t task, int worker)
 {
-    (void)worker;
     const patch_embed_job *job = arg;
+    const pm_patch_embed_args *g = job->g;
     int64_t begin = task * PATCH_EMBED_ROWS,
-            end = pm_min(job->g->B * job->g->T, begin + PATCH_EMBED_ROWS);
-    for (int64_t n = begin; n < end; n++)
-        patch_embed_gather(job, n, job->rows + n * job->g->P);
+            m = pm_min(g->B * g->T, begin + PATCH_EMBED_ROWS) - begin;
+    float *patches = (float *)(job->scratch + (size_t)worker * job->worker_bytes);
+    const float *dy[PATCH_EMBED_ROWS], *rows[PATCH_EMBED_ROWS];
+    for (int64_t i = 0; i < m; i++) {
+        patch_embed_gather(job, begin + i, patches + i * g->P);
+        dy[i] = job->d->dy + (begin + i) * g->D;
+        rows[i] = patches + i * g->P;
+    }
+    float *sum = job->sums + task * g->D;
+    memset(sum, 0, (size_t)g->D * 4);
+    product_side_pack(job->kind, &job->left, begin, m, dy, g->D, NULL, sum);
+    product_side_pack(job->kind, &job->right, begin, m, rows, g->P, NULL, NULL);
 }
 
 /* dweight += dy^T . patches; dbias += sum of dy. A task owns its outputs. */
 static void patch_embed_wgrad_task(void *arg, int64_t task, int worker)
 {
+    (void)worker;
     const patch_embed_job *job = arg;
     const pm_patch_embed_args *g = job->g;
-    int64_t N = g->B * g->T;
-    product_share s = product_share_of(&job->grid, task);
-    int64_t p0 = s.panel0 * PM_NR, p1 = pm_min(g->P, s.panel1 * PM_NR);
+    const int64_t N = g->B * g->T;
+    const product_wgrad_share s = product_wgrad_share_of(&job->wgrad, task);
     if (job->d->dweight)
-        product_wgrad(N, job->d->dy, g->D, job->rows + p0, g->P, NULL, s.row0, s.row0 + s.rows,
-                      p1 - p0, job->d->dweight + p0, g->P,
-                      job->scratch + (size_t)worker * job->worker_bytes);
-    if (job->d->dbias && p0 == 0)
-        product_bias_grad(N, job->d->dy, g->D, s.row0, s.row0 + s.rows, job->d->dbias);
+        product_wgrad(job->kind, &job->left, &job->right, 0, N, s, job->d->dweight, g->P);
+    if (job->d->dbias && s.d0 == 0)
+        product_add_sums(pm_blocks(N, PATCH_EMBED_ROWS), job->sums, g->D, s.f0, s.f1,
+                         job->d->dbias);
 }
 
 /* dpos += sum of dy over the images, for one token */
@@ -233,7 +246,7 @@ static void patch_embed_dpos_task(void *arg, int64_t i, int worker)
     (void)worker;
     const patch_embed_job *job = arg;
     const pm_patch_embed_args *g = job->g;
-    product_bias_grad(g->B, job->d->dy + i * g->D, g->T * g->D, 0, g->D, job->d->dpos + i * g->D);
+    product_add_sums(g->B, job->d->dy + i * g->D, g->T * g->D, 0, g->D, job->d->dpos + i * g->D);
 }
 
 static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
@@ -254,13 +267,14 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
         pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_dx_task, &job);
     }
     if (d->dweight || d->dbias) {
-        job.rows = pm_take(&scratch, (size_t)(N * g->P) * 4); /* the panels are no longer needed */
+        job.left = product_side_take(kind, N, g->D, &scratch); /* where the panels were */
+        job.right = product_side_take(kind, N, g->P, &scratch);
+        job.sums = pm_take(&scratch, (size_t)(pm_blocks(N, PATCH_EMBED_ROWS) * g->D) * 4);
         job.scratch = scratch;
-        job.grid = product_wgrad_grid(g->D, g->P, N);
-        job.worker_bytes = product_grid_wgrad_scratch(&job.grid);
-        if (d->dweight)
-            pm_parallel(ctx->pool, pm_blocks(N, PATCH_EMBED_ROWS), patch_embed_gather_task, &job);
-        pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_wgrad_task, &job);
+        job.worker_bytes = pm_round64((size_t)(PATCH_EMBED_ROWS * g->P) * 4);
+        pm_parallel(ctx->pool, pm_blocks(N, PATCH_EMBED_ROWS), patch_embed_pack_task, &job);
+        job.wgrad = product_wgrad_grid_of(g->D, g->P, N, (double)(g->D * g->P) * (double)N);
+        pm_parallel(ctx->pool, product_wgrad_tasks(&job.wgrad), patch_embed_wgrad_task, &job);
     }
     if (d->dpos && g->pos)
         pm_parallel(ctx->pool, g->T, patch_embed_dpos_task, &job);

@@ -342,11 +342,16 @@ static const product_ahead_fn product_ahead[PM_COMPUTES][PM_MR + 1] = PRODUCT_TA
 /* m rows in near-equal slices of at most PM_MR, so that no slice is a thin remainder. */
 static inline int64_t product_slices(int64_t m) { return (m + PM_MR - 1) / PM_MR; }
 static inline int64_t product_cut(int64_t m, int64_t slices, int64_t i) { return m * i / slices; }
+/* The first row of slice i, an even one: pairs of rows stay together (PM_MR is even). */
+static inline int64_t product_slice(int64_t m, int64_t slices, int64_t i)
+{
+    return pm_min(m, 2 * product_cut((m + 1) / 2, slices, i));
+}
 
 /* ---------------------------------------------------------------- block */
 
-/* Called on every finished tile while it is in L1: rows row0..row0+m-1 of the block, columns
- * col0..col0+n-1 (n <= PM_NR), tile[i*PM_NR + j]; the tile may be overwritten. */
+/* Called on every finished tile while it is in L1: rows row0..row0+m-1 of the block (row0 is even),
+ * columns col0..col0+n-1 (n <= PM_NR), tile[i*PM_NR + j]; the tile may be overwritten. */
 typedef void (*product_finish)(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                float *tile);
 
@@ -364,7 +369,7 @@ static inline void product_block(pm_compute kind, int64_t m, const product_word 
         const product_word *panel = panels + p * PM_NR * words;
         const char *next = (const char *)panel + (p + 1 < p1 ? bytes : 0);
         for (int64_t s = 0; s < slices; s++) {
-            int64_t row = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - row;
+            int64_t row = product_slice(m, slices, s), rows = product_slice(m, slices, s + 1) - row;
             product_ahead[kind][rows](words, a + row, panel, tile, next + s * step * words, step);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
@@ -401,66 +406,158 @@ static inline int64_t product_tasks(const product_grid *g) { return g->row_tasks
 static product_share product_share_of(const product_grid *g, int64_t task)
 {
     int64_t p = task / g->row_tasks, b = task % g->row_tasks, slices = product_slices(g->rows);
-    int64_t row0 = product_cut(g->rows, slices, product_cut(slices, g->row_tasks, b));
-    int64_t row1 = product_cut(g->rows, slices, product_cut(slices, g->row_tasks, b + 1));
+    int64_t row0 = product_slice(g->rows, slices, product_cut(slices, g->row_tasks, b));
+    int64_t row1 = product_slice(g->rows, slices, product_cut(slices, g->row_tasks, b + 1));
     return (product_share){row0, row1 - row0, product_cut(g->panels, g->panel_tasks, p),
                            product_cut(g->panels, g->panel_tasks, p + 1)};
 }
 
-/* ---------------------------------------------------------------- weight gradient */
+/* ---------------------------------------------------------------- weight gradient
+ *
+ * dW += dy^T x is a product whose depth is the rows. Both of its sides are packed alike, in panels of
+ * PM_NR columns, panel[row][PM_NR], with words along the rows. Whoever has the rows in cache packs
+ * them; the tasks of the gradient then read only what they multiply, in the order in which it lies
+ * in memory. Rows are put in pairs, whatever the kind, and a row of zeros stands behind an odd one. */
 
-/* The same cut for a weight gradient: rows are F, panels those of D, depth R. A task packs its
- * columns of dy once for all of its panels, so it gets at least four panels where it can. */
-static product_grid product_wgrad_grid(int64_t F, int64_t D, int64_t R)
+typedef struct {
+    product_word *at; /* [panel][words][PM_NR] */
+    int64_t words;    /* of a panel */
+} product_side;
+
+static inline int64_t product_even(int64_t rows) { return rows + rows % 2; }
+
+/* A side of rows of n numbers. */
+static inline size_t product_side_bytes(pm_compute kind, int64_t rows, int64_t n)
 {
-    product_grid g = {.rows = F, .panels = product_panels(D)};
-    int64_t most = pm_max(1, F * D * R / PRODUCT_WORK);
-    int64_t fewest = pm_max(1, pm_blocks(F, PM_ROWS)), enough = pm_min(PRODUCT_TASKS / 2, most);
-    g.panel_tasks = pm_max(1, pm_min(pm_blocks(enough, fewest), g.panels / 4));
-    g.row_tasks = pm_max(fewest, pm_min(enough / g.panel_tasks, product_slices(F) / 2));
-    return g;
+    return product_panel_bytes(kind, n, product_even(rows));
+}
+static inline product_side product_side_take(pm_compute kind, int64_t rows, int64_t n,
+                                             void **scratch)
+{
+    void *at = pm_take(scratch, product_side_bytes(kind, rows, n));
+    return (product_side){at, product_words(kind, product_even(rows))};
 }
 
-/* db[f] += sum over r < R of dy[r][f], f0 <= f < f1, in the same order whatever f0 and f1 are. */
-static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f0, int64_t f1,
-                              float *db)
+/* Puts the columns col .. col+PM_WIDTH-1 of rows row (an even one) and row + 1. */
+static inline void product_side_put(pm_compute kind, const product_side *side, int64_t row,
+                                    int64_t col, vf first, vf second)
 {
-    for (int64_t f = f0; f < f1; f += PM_WIDTH) {
-        int64_t left = f1 - f;
-        vf sum = v_zero();
-        for (int64_t r0 = 0; r0 < R; r0 += 64) { /* sums of 64, then their sum: smaller errors */
-            vf part = v_zero();
-            for (int64_t r = r0; r < pm_min(R, r0 + 64); r++)
-                part += v_get(dy + r * ldy + f, left);
-            sum += part;
-        }
-        v_put(db + f, v_get(db + f, left) + sum, left);
+    const int64_t word = row / product_per_word(kind);
+    product_word *to = side->at + (col / PM_NR * side->words + word) * PM_NR + col % PM_NR;
+    if (kind == PM_FP32) {
+        v_store(to, first);
+        v_store(to + PM_NR, second);
+    } else {
+        v_store(to, v_pairs(kind == PM_BF16, first, second));
     }
 }
 
-#define PRODUCT_TOKENS 256 /* rows at a time: a packed panel of x and a slice of dy stay in L1 */
-#define PRODUCT_AHEAD 16   /* rows of x fetched ahead */
-/* Floats of a slice of dy; whole vectors run over its end. */
-#define PRODUCT_SLICE (PRODUCT_TOKENS * PM_MR + 2 * PM_WIDTH)
+#define PRODUCT_SIDE_ROWS 8 /* rows read side by side: long reads and long writes */
 
-/* c[i][0..PM_NR) += sum over r < n of dy[r][i] * x[r][0..PM_NR), i < m <= PM_MR, where dy[r][i] is
- * left[r*m + i]. packed reads x from panel; fresh from the rows, and leaves it in panel. next is
- * where the next tile goes to. */
-#define PRODUCT_packed_ROW v_load(panel + r * PM_NR), b1 = v_load(panel + r * PM_NR + PM_WIDTH);
-#define PRODUCT_fresh_ROW                                                                          \
-    v_load(x[r] + col), b1 = v_load(x[r] + col + PM_WIDTH);                                        \
-    v_store(panel + r * PM_NR, b0);                                                                \
-    v_store(panel + r * PM_NR + PM_WIDTH, b1);                                                     \
-    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col);                                                \
-    __builtin_prefetch(x[r + PRODUCT_AHEAD] + col + PM_NR - 1);
+/* Packs m rows x[i] of n floats, times scale[i] when scale is given, as rows row0.. of a side (row0 is
+ * even). Their sum is added to sum[0..n), unless that is NULL. */
+static inline void product_side_pack(pm_compute kind, const product_side *side, int64_t row0,
+                                     int64_t m, const float *const *x, int64_t n,
+                                     const float *scale, float *sum)
+{
+    for (int64_t b = 0; b < m; b += PRODUCT_SIDE_ROWS)
+        for (int64_t col = 0; col < product_panels(n) * PM_NR; col += PM_WIDTH) {
+            const int64_t left = n - col;
+            vf total = v_zero();
+            for (int64_t i = b; i < pm_min(m, b + PRODUCT_SIDE_ROWS); i += 2) {
+                vf first = left > 0 ? v_get(x[i] + col, left) : v_zero();
+                vf second = left > 0 && i + 1 < m ? v_get(x[i + 1] + col, left) : v_zero();
+                if (scale) {
+                    first *= v_set(scale[i]);
+                    second *= v_set(i + 1 < m ? scale[i + 1] : 0.0f);
+                }
+                product_side_put(kind, side, row0 + i, col, first, second);
+                total += first + second;
+            }
+            if (sum && left > 0)
+                v_put(sum + col, v_get(sum + col, left) + total, left);
+        }
+}
+
+/* db[f] += sum over the blocks b of sums[b*ld + f], f0 <= f < f1: what product_side_pack left. */
+static void product_add_sums(int64_t blocks, const float *sums, int64_t ld, int64_t f0, int64_t f1,
+                             float *db)
+{
+    for (int64_t f = f0; f < f1; f += PM_WIDTH) {
+        const int64_t left = f1 - f;
+        vf total = v_zero();
+        for (int64_t b0 = 0; b0 < blocks; b0 += 64) { /* 64 at a time: smaller errors */
+            vf part = v_zero();
+            for (int64_t b = b0; b < pm_min(blocks, b0 + 64); b++)
+                part += v_get(sums + b * ld + f, left);
+            total += part;
+        }
+        v_put(db + f, v_get(db + f, left) + total, left);
+    }
+}
+
+/* How the gradient (F, D) of a product of so many rows is cut into tasks: by ranges of whole panels
+ * of both sides. */
+typedef struct {
+    int64_t F, D, left_tasks, right_tasks;
+} product_wgrad_grid;
+typedef struct {
+    int64_t f0, f1, d0, d1;
+} product_wgrad_share;
+
+#define PRODUCT_WGRAD_WORK ((int64_t)1 << 24) /* multiply-adds of a task, at most: 0.15 ms */
+
+/* n dealt to tasks of about size: how many tasks. */
+static inline int64_t product_deal(int64_t n, int64_t size)
+{
+    return pm_max(1, (n + size / 2) / size);
+}
+
+/* work: the multiply-adds of the whole phase. There should be enough tasks; but a large one reads
+ * less, F + D numbers a row for F * D multiply-adds, so they are near squares. */
+static product_wgrad_grid product_wgrad_grid_of(int64_t F, int64_t D, int64_t rows, double work)
+{
+    const int64_t left = product_panels(F), right = product_panels(D);
+    const double share = work / (PRODUCT_TASKS / 2);
+    const int64_t size = share < (double)PRODUCT_WGRAD_WORK ? pm_max(PRODUCT_WORK, (int64_t)share)
+                                                            : PRODUCT_WGRAD_WORK;
+    const int64_t area = pm_max(1, size / (pm_max(1, rows) * PM_NR * PM_NR));
+    const int64_t right_tasks = product_deal(right, (int64_t)ceil(sqrt((double)area)));
+    const int64_t wide = pm_max(1, pm_blocks(right, right_tasks));
+    return (product_wgrad_grid){F, D, product_deal(left, pm_max(1, product_deal(area, wide))),
+                                right_tasks};
+}
+static inline int64_t product_wgrad_tasks(const product_wgrad_grid *g)
+{
+    return g->left_tasks * g->right_tasks;
+}
+static product_wgrad_share product_wgrad_share_of(const product_wgrad_grid *g, int64_t task)
+{
+    const int64_t l = task / g->right_tasks, r = task % g->right_tasks;
+    const int64_t left = product_panels(g->F), right = product_panels(g->D);
+    return (product_wgrad_share){
+        PM_NR * product_cut(left, g->left_tasks, l),
+        pm_min(g->F, PM_NR * product_cut(left, g->left_tasks, l + 1)),
+        PM_NR * product_cut(right, g->right_tasks, r),
+        pm_min(g->D, PM_NR * product_cut(right, g->right_tasks, r + 1)),
+    };
+}
+
+/* What a tile fetches into L2 meanwhile, a step for each word. */
+typedef struct {
+    const char *left, *right;
+    int64_t left_step, right_step;
+} product_fetch;
+
+/* c[i][0..PM_NR) += sum over w < n of left[w][i] * right[w][0..PM_NR), i < m <= PM_MR; left is within
+ * a panel. next is where the next tile goes to. */
 /* clang-format takes the macros of this body for types. */
 /* clang-format off */
 #define PRODUCT_WGRAD_TILE(kind, m)                                                                \
-    static void product_wgrad_##kind##_##m(int64_t n, const float *left, const float *const *x,    \
-                                           int64_t col, float *panel, float *c, int64_t ldc,       \
-                                           const float *next)                                      \
+    static void product_wgrad_##kind##_##m(int64_t n, const product_word *left,                    \
+                                           const product_word *right, float *c, int64_t ldc,       \
+                                           const float *next, product_fetch fetch)                 \
     {                                                                                              \
-        (void)x, (void)col;                                                                        \
         vf t[m][2];                                                                                \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \
@@ -468,13 +565,17 @@ static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f
             __builtin_prefetch(next + i * ldc, 1);                                                 \
             __builtin_prefetch(next + i * ldc + PM_NR - 1, 1);                                     \
         }                                                                                          \
-        for (int64_t r = 0; r < n; r++, left += m) {                                               \
-            vf b0 = PRODUCT_##kind##_ROW                                                           \
+        for (int64_t w = 0; w < n; w++, left += PM_NR, right += PM_NR) {                           \
+            vf b0 = v_load(right), b1 = v_load(right + PM_WIDTH);                                  \
+            __builtin_prefetch(fetch.left, 0, 2);                                                  \
+            __builtin_prefetch(fetch.right, 0, 2);                                                 \
+            fetch.left += fetch.left_step;                                                         \
+            fetch.right += fetch.right_step;                                                       \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
             {                                                                                      \
                 vf a = v_set(left[i]);                                                             \
-                t[i][0] = v_fma(a, b0, t[i][0]);                                                   \
-                t[i][1] = v_fma(a, b1, t[i][1]);                                                   \
+                t[i][0] = PRODUCT_ADD_##kind(t[i][0], a, b0);                                      \
+                t[i][1] = PRODUCT_ADD_##kind(t[i][1], a, b1);                                      \
             }                                                                                      \
         }                                                                                          \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
@@ -485,98 +586,82 @@ static void product_bias_grad(int64_t R, const float *dy, int64_t ldy, int64_t f
         }                                                                                          \
     }
 /* clang-format on */
-PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, packed)
-PRODUCT_HEIGHTS(PRODUCT_WGRAD_TILE, fresh)
+#define PRODUCT_WGRAD_fp32(kind, m) PRODUCT_WGRAD_TILE(fp32, m)
+#define PRODUCT_WGRAD_bf16(kind, m) PRODUCT_WGRAD_TILE(bf16, m)
+#define PRODUCT_WGRAD_emulated(kind, m) PRODUCT_WGRAD_TILE(emulated, m)
+PRODUCT_HEIGHTS(PRODUCT_WGRAD_fp32, )
+PRODUCT_HEIGHTS(PRODUCT_WGRAD_emulated, )
+#if PM_HAS_BF16
+PRODUCT_HEIGHTS(PRODUCT_WGRAD_bf16, )
+#endif
 
-typedef void (*product_wgrad_fn)(int64_t n, const float *left, const float *const *x, int64_t col,
-                                 float *panel, float *c, int64_t ldc, const float *next);
-static const product_wgrad_fn product_wgrad_packed[PM_MR + 1] = {
-    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, wgrad_packed)};
-static const product_wgrad_fn product_wgrad_fresh[PM_MR + 1] = {
-    NULL, PRODUCT_HEIGHTS(PRODUCT_NAME, wgrad_fresh)};
+typedef void (*product_wgrad_fn)(int64_t n, const product_word *left, const product_word *right,
+                                 float *c, int64_t ldc, const float *next, product_fetch fetch);
+static const product_wgrad_fn product_wgrad_tile[PM_COMPUTES][PM_MR + 1] = PRODUCT_TABLE(wgrad);
 
-static inline size_t product_wgrad_scratch(int64_t F, int64_t D)
+#define PRODUCT_PARTS ((PM_NR + PM_MR - 1) / PM_MR) /* tiles of a panel of the left side */
+#define PRODUCT_DEPTH 512 /* words at a time: what a task uses again stays in L2 */
+
+/* dw[f][d] += sum over the rows row0 .. row0+rows-1 (row0 is even) of left[row][f] * right[row][d] for
+ * one task's share; dw row f is at dw + f*ldw. The rows are summed in order, in near-equal chunks of
+ * at most PRODUCT_DEPTH words. */
+static void product_wgrad(pm_compute kind, const product_side *left, const product_side *right,
+                          int64_t row0, int64_t rows, product_wgrad_share share, float *dw,
+                          int64_t ldw)
 {
-    (void)D;
-    return pm_round64((size_t)(product_slices(F) * PRODUCT_SLICE) * 4) +
-           pm_round64((size_t)(PRODUCT_TOKENS * PM_NR) * 4);
-}
-
-/* The same for the largest share of a product_wgrad_grid. */
-static inline size_t product_grid_wgrad_scratch(const product_grid *g)
-{
-    return product_wgrad_scratch(pm_min(PM_ROWS, g->rows), 0);
-}
-
-/* Fetches columns col..col+n-1 of rows r0..r1-1 into L2. */
-static inline void product_wgrad_fetch(const float *const *x, int64_t col, int64_t n, int64_t r0,
-                                       int64_t r1)
-{
-    if (n > 0)
-        for (int64_t r = r0; r < r1; r++)
-            for (int64_t j = 0; j < n; j += 16)
-                __builtin_prefetch(x[r] + col + j, 0, 2);
-}
-
-/* dw[f][d] += sum over r < R of dy[r][f] * x_r[d] for f0 <= f < f1, d < D, where dy row r is at
- * dy + r*ldy and x_r = x + (rows ? rows[r] : r) * ldx; dw row f is at dw + f*ldw. One task calls it
- * for the rows f0..f1-1 that it owns; r is summed in order, by chunks of at most PRODUCT_TOKENS.
- * scratch: product_wgrad_scratch(f1 - f0, D) bytes. */
-static void product_wgrad(int64_t R, const float *dy, int64_t ldy, const float *x, int64_t ldx,
-                          const int32_t *rows, int64_t f0, int64_t f1, int64_t D, float *dw,
-                          int64_t ldw, void *scratch)
-{
-    int64_t F = f1 - f0, slices = product_slices(F), panels = product_panels(D);
-    int64_t chunks = pm_blocks(R, PRODUCT_TOKENS);
-    float *left = pm_take(&scratch, (size_t)(slices * PRODUCT_SLICE) * 4); /* [slice][r][f] */
-    float *panel = scratch;                                                /* [r][PM_NR] */
+    const int64_t line = PM_NR * (int64_t)sizeof(product_word);
+    const int64_t left_panel = left->words * PM_NR, right_panel = right->words * PM_NR;
+    const int64_t words = product_words(kind, rows), chunks = pm_blocks(words, PRODUCT_DEPTH);
+    const int64_t first = row0 / product_per_word(kind);
+    const int64_t highs = product_panels(share.f1 - share.f0),
+                  wides = product_panels(share.d1 - share.d0);
+    const product_word *l0 = left->at + (share.f0 / PM_NR * left->words + first) * PM_NR;
+    const product_word *r0 = right->at + (share.d0 / PM_NR * right->words + first) * PM_NR;
     float edge[PM_MR * PM_NR] __attribute__((aligned(64))); /* the tile of a partial panel */
-    const float *x_rows[PRODUCT_TOKENS + PRODUCT_AHEAD];
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        int64_t r0 = product_cut(R, chunks, chunk), n = product_cut(R, chunks, chunk + 1) - r0;
-        for (int64_t r = 0; r < n + PRODUCT_AHEAD; r++) {
-            int64_t row = r0 + pm_min(r, n - 1);
-            x_rows[r] = x + (rows ? rows[row] : row) * ldx;
-        }
-        for (int64_t s = 0; s < slices; s++) {
-            int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
-            const float *from = dy + r0 * ldy + f0 + f;
-            float *to = left + s * PRODUCT_SLICE;
-            /* whole vectors: row r + 1 overwrites what runs over */
-            for (int64_t r = 0; r < n; r++, from += ldy, to += m)
-                for (int64_t i = 0; i < m; i += PM_WIDTH)
-                    v_store(to + i, v_get(from + i, m - i));
-        }
-        for (int64_t p = 0; p < panels; p++) {
-            int64_t d = p * PM_NR;
-            bool whole = D - d >= PM_NR;
-            for (int64_t r = 0; !whole && r < n; r++)
-                for (int64_t j = 0; j < PM_NR; j++)
-                    panel[r * PM_NR + j] = j < D - d ? x_rows[r][d + j] : 0.0f;
-            for (int64_t s = 0; s < slices; s++) {
-                int64_t f = product_cut(F, slices, s), m = product_cut(F, slices, s + 1) - f;
-                float *c = dw + (f0 + f) * ldw + d;
-                const float *slice = left + s * PRODUCT_SLICE;
-                product_wgrad_fetch(x_rows, d + PM_NR, pm_min(PM_NR, D - d - PM_NR),
-                                    product_cut(n, slices, s), product_cut(n, slices, s + 1));
-                if (chunk + 1 < chunks) { /* a share of the next rows of dy */
-                    int64_t end = product_cut(R, chunks, chunk + 2), share = p * slices + s;
-                    for (int64_t r = r0 + n + product_cut(end - r0 - n, panels * slices, share);
-                         r < r0 + n + product_cut(end - r0 - n, panels * slices, share + 1); r++)
-                        for (int64_t i = 0; i < F; i += 16)
-                            __builtin_prefetch(dy + r * ldy + f0 + i, 0, 2);
+        const int64_t w0 = product_cut(words, chunks, chunk),
+                      n = product_cut(words, chunks, chunk + 1) - w0;
+        const int64_t later = chunk + 1 < chunks ? w0 + n : w0; /* the next chunk, or this one */
+        for (int64_t p = 0; p < wides; p++) {
+            const product_word *panel = r0 + p * right_panel + w0 * PM_NR;
+            const product_word *next_panel = p + 1 < wides ? panel + right_panel
+                                                           : r0 + later * PM_NR;
+            const int64_t d = share.d0 + p * PM_NR;
+            const bool fresh = chunk == 0 && p == 0; /* nobody has fetched the left side */
+            const int64_t shares = PRODUCT_PARTS * pm_max(1, wides - (chunk == 0));
+            for (int64_t s = 0; s < highs; s++) {
+                const product_word *slice = l0 + s * left_panel + w0 * PM_NR;
+                const int64_t f = share.f0 + s * PM_NR, high = pm_min(PM_NR, share.f1 - f);
+                const int64_t parts = product_slices(high);
+                for (int64_t q = 0; q < parts; q++) {
+                    const int64_t i0 = product_cut(high, parts, q),
+                                  m = product_cut(high, parts, q + 1) - i0;
+                    product_fetch fetch;
+                    fetch.right_step = pm_blocks(line, highs * PRODUCT_PARTS);
+                    fetch.right = (const char *)next_panel +
+                                  (s * PRODUCT_PARTS + q) * fetch.right_step * n;
+                    if (fresh) { /* the next panel */
+                        fetch.left_step = pm_blocks(line, PRODUCT_PARTS);
+                        fetch.left = (const char *)(s + 1 < highs ? slice + left_panel : slice) +
+                                     q * fetch.left_step * n;
+                    } else { /* the next chunk of this one */
+                        fetch.left_step = pm_blocks(line, shares);
+                        fetch.left = (const char *)(slice + (later - w0) * PM_NR) +
+                                     ((p - (chunk == 0)) * PRODUCT_PARTS + q) * fetch.left_step * n;
+                    }
+                    float *c = dw + (f + i0) * ldw + d;
+                    if (share.d1 - d >= PM_NR) {
+                        const bool last = s + 1 == highs && q + 1 == parts;
+                        const float *next = last ? dw + share.f0 * ldw + d + PM_NR : c + m * ldw;
+                        product_wgrad_tile[kind][m](n, slice + i0, panel, c, ldw, next, fetch);
+                        continue;
+                    }
+                    memset(edge, 0, sizeof edge);
+                    product_wgrad_tile[kind][m](n, slice + i0, panel, edge, PM_NR, edge, fetch);
+                    for (int64_t i = 0; i < m; i++)
+                        for (int64_t j = 0; j < share.d1 - d; j++)
+                            c[i * ldw + j] += edge[i * PM_NR + j];
                 }
-                if (whole) {
-                    const float *next = s + 1 < slices ? c + m * ldw : dw + f0 * ldw + d + PM_NR;
-                    const product_wgrad_fn *tile = s ? product_wgrad_packed : product_wgrad_fresh;
-                    tile[m](n, slice, x_rows, d, panel, c, ldw, next);
-                    continue;
-                }
-                memset(edge, 0, sizeof edge);
-                product_wgrad_packed[m](n, slice, x_rows, d, panel, edge, PM_NR, edge);
-                for (int64_t i = 0; i < m; i++)
-                    for (int64_t j = 0; j < D - d; j++)
-                        c[i * ldw + j] += edge[i * PM_NR + j];
             }
         }
     }

@@ -208,7 +208,7 @@ typedef struct {
     float *panels;  /* the prototypes, packed as the right operand of c . proto */
     float *b;       /* (E) 1/max(|p_i|, eps) */
     float *partial; /* (slots, E, D) sums over tokens of c x */
-    char *worker;   /* per worker: c, q, then the scratch of product_wgrad */
+    char *worker;   /* per worker: c, q, then c and x packed for the sum */
     size_t worker_bytes;
 } prototypical_routing_back_job;
 
@@ -224,7 +224,8 @@ static size_t prototypical_routing_worker_bytes(const pm_prototypical_routing_ar
 {
     return pm_round64(prototypical_routing_back_c(g->E)) +
            pm_round64(prototypical_routing_back_q(g->D)) +
-           pm_round64(product_wgrad_scratch(g->E, g->D));
+           product_side_bytes(PM_FP32, PROTOTYPICAL_ROUTING_BACK, g->E) +
+           product_side_bytes(PM_FP32, PROTOTYPICAL_ROUTING_BACK, g->D);
 }
 
 static size_t prototypical_routing_backward_workspace(const pm_ctx *ctx,
@@ -285,10 +286,12 @@ static void prototypical_routing_back_tokens(void *arg, int64_t task, int worker
     void *scratch = j->worker + (size_t)worker * j->worker_bytes;
     float *c = pm_take(&scratch, prototypical_routing_back_c(E));
     float *q = pm_take(&scratch, prototypical_routing_back_q(D));
+    product_side left = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, E, &scratch);
+    product_side right = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, D, &scratch);
     float *partial = j->partial + task * E * D;
     int32_t rows[PROTOTYPICAL_ROUTING_BACK];
     float along[PROTOTYPICAL_ROUTING_BACK]; /* <x_n, q_n> / |x_n|^2 */
-    const float *c_rows[PROTOTYPICAL_ROUTING_BACK];
+    const float *c_rows[PROTOTYPICAL_ROUTING_BACK], *x_rows[PROTOTYPICAL_ROUTING_BACK];
     if (j->d->dproto)
         memset(partial, 0, (size_t)(E * D) * sizeof(float));
     for (int64_t n0 = task * tokens; n0 < n1; n0 += PROTOTYPICAL_ROUTING_BACK) {
@@ -304,11 +307,16 @@ static void prototypical_routing_back_tokens(void *arg, int64_t task, int worker
             }
             along[r] = norm < COSINE_EPS ? 0.0f : zdz * a * a;
             c_rows[r] = c + r * E;
+            x_rows[r] = g->x + rows[r] * D;
         }
         if (m && j->d->dx)
             prototypical_routing_back_dx(j, m, rows, c_rows, along, q);
-        if (m && j->d->dproto)
-            product_wgrad(m, c, E, g->x, D, rows, 0, E, D, partial, D, scratch);
+        if (m && j->d->dproto) {
+            product_side_pack(PM_FP32, &left, 0, m, c_rows, E, NULL, NULL);
+            product_side_pack(PM_FP32, &right, 0, m, x_rows, D, NULL, NULL);
+            product_wgrad(PM_FP32, &left, &right, 0, m, (product_wgrad_share){0, E, 0, D}, partial,
+                          D);
+        }
     }
 }
 
