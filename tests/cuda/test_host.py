@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from .host.build import CXX, COMMON, HOST, KERNEL, VARIANTS, build, compiler
+from .host.build import COMMON, CXX, HOST, KERNEL, VARIANTS, build, compiler
 
 pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C++ compiler (g++)")
 
