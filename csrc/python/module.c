@@ -185,8 +185,8 @@ static PyObject *backend_info(PyObject *module, PyObject *Py_UNUSED(none))
     static const char *const names[PM_COMPUTES] = {PM_COMPUTE_NAMES};
     const pm_backend *backend = core_get_state(module)->backend;
     const bool bf16 = pm_cpu_backend(backend->level, PM_BF16, (char[512]){0}, 512);
-    PyObject *computes = bf16 ? Py_BuildValue("(sss)", names[0], names[1], names[2])
-                              : Py_BuildValue("(ss)", names[0], names[2]);
+    PyObject *computes = bf16 ? Py_BuildValue("[sss]", names[0], names[1], names[2])
+                              : Py_BuildValue("[ss]", names[0], names[2]);
     return Py_BuildValue("{s:s, s:s, s:N, s:i, s:s}", "device", backend->name, "level",
                          backend->level, "computes", computes, "threads", current_threads(), "cpu",
                          pm_cpu_model());

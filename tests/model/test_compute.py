@@ -61,7 +61,7 @@ def test_gradients_point_the_same_way(config):
 
 def test_refused_with_the_reason_where_there_are_no_instructions():
     script = ("import promoe\n"
-              "assert promoe.backend_info()['computes'] == ('fp32', 'bf16-emulated')\n"
+              "assert promoe.backend_info()['computes'] == ['fp32', 'bf16-emulated']\n"
               "try: promoe.Model(promoe.preset('ProMoE-digits'), compute='bf16')\n"
               "except ValueError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PROMOE_CPU": "generic"}, text=True,
