@@ -393,12 +393,12 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
 {
     experts_up up = {job->kind, e->up_bias, pre, h, e->ld_pre, experts_ld(e->F)};
     product_block(job->kind, m, x, job->g->D, e->F, e->up, 0, product_panels(e->F), experts_up_tile,
-                  &up);
+                  &up, (product_target){pre, e->ld_pre});
     const product_word *rows[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         rows[i] = h + i * up.ld;
     product_block(job->kind, m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D),
-                  experts_out_tile, out);
+                  experts_out_tile, out, (product_target){out->out, out->ld});
 }
 
 static void experts_forward_plan(const experts_job *job, int64_t item, int worker)
@@ -470,14 +470,14 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
     for (int64_t i = 0; i < m; i++)
         hidden->dot[i] = v_zero();
     product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
-                  experts_hidden_tile, hidden);
+                  experts_hidden_tile, hidden, (product_target){0});
     if (!job->out)
         return;
     const product_word *dpre[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         dpre[i] = room + i * hidden->ld;
     product_block(job->kind, m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D),
-                  experts_out_tile, out);
+                  experts_out_tile, out, (product_target){out->out, out->ld});
 }
 
 /* Packs m rows of dy (times their weight) and of x as the rows row0.. of the sides: dy is in L2, as
@@ -491,6 +491,7 @@ static void experts_pack(const experts_job *job, const experts_sides *sides, int
     memset(sum, 0, (size_t)D * 4);
     product_side_pack(job->kind, &sides->dy, row0, m, dy, D, weight, sum);
     product_side_pack(job->kind, &sides->x, row0, m, x, D, NULL, NULL);
+    v_stream_end(); /* of h and dpre, too */
 }
 
 static void experts_backward_plan(const experts_job *job, int64_t item, int worker)
@@ -596,10 +597,10 @@ static void experts_place_sides(experts_job *job, void **scratch)
     const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
     const int64_t plan_blocks = experts_most_blocks(plan_rows, g->G),
                   blocks = experts_most_blocks(rows, 1);
-    job->plan.x = product_side_take(kind, plan_rows, g->D, scratch);
-    job->plan.dy = product_side_take(kind, plan_rows, g->D, scratch);
-    const product_side dpre = product_side_take(kind, plan_rows, g->W, scratch),
-                       h = product_side_take(kind, plan_rows, g->W, scratch);
+    job->plan.x = product_side_take(kind, plan_rows, g->D, true, scratch);
+    job->plan.dy = product_side_take(kind, plan_rows, g->D, true, scratch);
+    const product_side dpre = product_side_take(kind, plan_rows, g->W, true, scratch),
+                       h = product_side_take(kind, plan_rows, g->W, true, scratch);
     float *sums = pm_take(scratch, (size_t)(plan_blocks * (g->D + g->W)) * 4);
     job->plan.dy_sums = sums;
     sums += plan_blocks * g->D;
@@ -616,15 +617,15 @@ static void experts_place_sides(experts_job *job, void **scratch)
         block0 += e->blocks;
         sums += e->blocks * e->F;
     }
-    job->tokens.x = product_side_take(kind, rows, g->D, scratch);
-    job->tokens.dy = product_side_take(kind, rows, g->D, scratch);
+    job->tokens.x = product_side_take(kind, rows, g->D, true, scratch);
+    job->tokens.dy = product_side_take(kind, rows, g->D, true, scratch);
     sums = pm_take(scratch, (size_t)(blocks * (g->D + g->S * g->Z)) * 4);
     job->tokens.dy_sums = sums;
     sums += blocks * g->D;
     for (experts_group *e = job->group + g->G; e < job->group + g->G + g->S; e++) {
         e->sides = &job->tokens;
-        e->dpre = product_side_take(kind, rows, g->Z, scratch);
-        e->h = product_side_take(kind, rows, g->Z, scratch);
+        e->dpre = product_side_take(kind, rows, g->Z, true, scratch);
+        e->h = product_side_take(kind, rows, g->Z, true, scratch);
         e->blocks = experts_blocks(e->rows, job->block);
         e->dpre_sums = sums;
         sums += e->blocks * e->F;

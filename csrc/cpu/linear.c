@@ -82,7 +82,8 @@ static void linear_forward_task(void *arg, int64_t task, int worker)
     const product_word *rows[PM_ROWS];
     linear_rows(job, g->x, s.row0, s.rows, g->D, worker, rows);
     product_block(job->kind, s.rows, rows, g->D, g->F, job->panels, s.panel0, s.panel1,
-                  linear_forward_finish, &(linear_block){job, s.row0});
+                  linear_forward_finish, &(linear_block){job, s.row0},
+                  (product_target){g->y + s.row0 * g->F, g->F});
 }
 
 static pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scratch)
@@ -153,6 +154,7 @@ static void linear_pack(const linear_job *job, int64_t block, int64_t n0, int64_
     memset(sum, 0, (size_t)g->F * 4);
     product_side_pack(job->kind, &job->left, n0, m, dpre, g->F, NULL, sum);
     product_side_pack(job->kind, &job->right, n0, m, x, g->D, NULL, NULL);
+    v_stream_end();
 }
 
 /* A block of dx. The first task that has its rows packs them: dpre is in L2 then. */
@@ -165,7 +167,8 @@ static void linear_dx_task(void *arg, int64_t task, int worker)
         const product_word *rows[PM_ROWS];
         linear_rows(job, job->dpre, s.row0, s.rows, g->F, worker, rows);
         product_block(job->kind, s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1,
-                      linear_dx_finish, &(linear_block){job, s.row0});
+                      linear_dx_finish, &(linear_block){job, s.row0},
+                      (product_target){job->d->dx + s.row0 * g->D, g->D});
     }
     if (job->left.at && s.panel0 == 0)
         linear_pack(job, task % job->grid.row_tasks, s.row0, s.rows);
@@ -198,8 +201,8 @@ static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_
     }
     job.grid = product_grid_of(g->N, g->D, g->F);
     if (weights) {
-        job.left = product_side_take(kind, g->N, g->F, &scratch);
-        job.right = product_side_take(kind, g->N, g->D, &scratch);
+        job.left = product_side_take(kind, g->N, g->F, true, &scratch);
+        job.right = product_side_take(kind, g->N, g->D, true, &scratch);
         job.sums = pm_take(&scratch, (size_t)(job.grid.row_tasks * g->F) * 4);
     }
     if (d->dx) {

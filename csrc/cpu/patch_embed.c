@@ -162,7 +162,8 @@ static void patch_embed_forward_task(void *arg, int64_t task, int worker)
         rows[i] = product_row(job->kind, patches + i * g->P, g->P, &room);
     }
     product_block(job->kind, s.rows, rows, g->P, g->D, job->panels, s.panel0, s.panel1,
-                  patch_embed_forward_finish, &(patch_embed_block){job, s.row0});
+                  patch_embed_forward_finish, &(patch_embed_block){job, s.row0},
+                  (product_target){g->y + s.row0 * g->D, g->D});
 }
 
 static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *scratch)
@@ -202,7 +203,7 @@ static void patch_embed_dx_task(void *arg, int64_t task, int worker)
     for (int64_t i = 0; i < s.rows; i++)
         rows[i] = product_row(job->kind, job->d->dy + (s.row0 + i) * g->D, g->D, &room);
     product_block(job->kind, s.rows, rows, g->D, g->P, job->panels, s.panel0, s.panel1,
-                  patch_embed_dx_finish, &(patch_embed_block){job, s.row0});
+                  patch_embed_dx_finish, &(patch_embed_block){job, s.row0}, (product_target){0});
 }
 
 /* Packs some rows of dy and their patches, and sums those of dy. */
@@ -223,6 +224,7 @@ static void patch_embed_pack_task(void *arg, int64_t task, int worker)
     memset(sum, 0, (size_t)g->D * 4);
     product_side_pack(job->kind, &job->left, begin, m, dy, g->D, NULL, sum);
     product_side_pack(job->kind, &job->right, begin, m, rows, g->P, NULL, NULL);
+    v_stream_end();
 }
 
 /* dweight += dy^T . patches; dbias += sum of dy. A task owns its outputs. */
@@ -267,8 +269,8 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
         pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_dx_task, &job);
     }
     if (d->dweight || d->dbias) {
-        job.left = product_side_take(kind, N, g->D, &scratch); /* where the panels were */
-        job.right = product_side_take(kind, N, g->P, &scratch);
+        job.left = product_side_take(kind, N, g->D, true, &scratch); /* where the panels were */
+        job.right = product_side_take(kind, N, g->P, true, &scratch);
         job.sums = pm_take(&scratch, (size_t)(pm_blocks(N, PATCH_EMBED_ROWS) * g->D) * 4);
         job.scratch = scratch;
         job.worker_bytes = pm_round64((size_t)(PATCH_EMBED_ROWS * g->P) * 4);

@@ -355,11 +355,26 @@ static inline int64_t product_slice(int64_t m, int64_t slices, int64_t i)
 typedef void (*product_finish)(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                float *tile);
 
+/* Where finish will store a tile: its lines are fetched for writing while the tile is computed, since
+ * a burst of stores to memory that is in no cache would hold up the next one. NULL: nowhere. */
+typedef struct {
+    float *at;  /* row 0, column 0 */
+    int64_t ld; /* floats between rows */
+} product_target;
+
+static inline void product_fetch_target(product_target to, int64_t row, int64_t rows, int64_t col)
+{
+    if (to.at)
+        for (int64_t i = row; i < row + rows; i++)
+            for (int j = 0; j < PM_NR; j += 16)
+                __builtin_prefetch(to.at + i * to.ld + col + j, 1);
+}
+
 /* One task's share of A.B: m rows (m <= a few PM_ROWS; a[i] is a left operand of k numbers), panels
  * p0..p1-1 of the n-column packed operand. */
 static inline void product_block(pm_compute kind, int64_t m, const product_word *const *a,
                                  int64_t k, int64_t n, const product_word *panels, int64_t p0,
-                                 int64_t p1, product_finish finish, void *arg)
+                                 int64_t p1, product_finish finish, void *arg, product_target to)
 {
     float tile[PM_MR * PM_NR] __attribute__((aligned(64)));
     const int64_t words = product_words(kind, k), slices = product_slices(m);
@@ -370,6 +385,7 @@ static inline void product_block(pm_compute kind, int64_t m, const product_word 
         const char *next = (const char *)panel + (p + 1 < p1 ? bytes : 0);
         for (int64_t s = 0; s < slices; s++) {
             int64_t row = product_slice(m, slices, s), rows = product_slice(m, slices, s + 1) - row;
+            product_fetch_target(to, row, rows, p * PM_NR);
             product_ahead[kind][rows](words, a + row, panel, tile, next + s * step * words, step);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
@@ -422,6 +438,7 @@ static product_share product_share_of(const product_grid *g, int64_t task)
 typedef struct {
     product_word *at; /* [panel][words][PM_NR] */
     int64_t words;    /* of a panel */
+    bool far;         /* other threads read it, when the caches have seen much else */
 } product_side;
 
 static inline int64_t product_even(int64_t rows) { return rows + rows % 2; }
@@ -431,24 +448,25 @@ static inline size_t product_side_bytes(pm_compute kind, int64_t rows, int64_t n
 {
     return product_panel_bytes(kind, n, product_even(rows));
 }
-static inline product_side product_side_take(pm_compute kind, int64_t rows, int64_t n,
+static inline product_side product_side_take(pm_compute kind, int64_t rows, int64_t n, bool far,
                                              void **scratch)
 {
     void *at = pm_take(scratch, product_side_bytes(kind, rows, n));
-    return (product_side){at, product_words(kind, product_even(rows))};
+    return (product_side){at, product_words(kind, product_even(rows)), far};
 }
 
-/* Puts the columns col .. col+PM_WIDTH-1 of rows row (an even one) and row + 1. */
+/* Puts the columns col .. col+PM_WIDTH-1 of rows row (an even one) and row + 1. What is far goes past the
+ * caches: v_stream_end comes before anyone reads it. */
 static inline void product_side_put(pm_compute kind, const product_side *side, int64_t row,
                                     int64_t col, vf first, vf second)
 {
     const int64_t word = row / product_per_word(kind);
     product_word *to = side->at + (col / PM_NR * side->words + word) * PM_NR + col % PM_NR;
     if (kind == PM_FP32) {
-        v_store(to, first);
-        v_store(to + PM_NR, second);
+        v_store_line(to, first, side->far);
+        v_store_line(to + PM_NR, second, side->far);
     } else {
-        v_store(to, v_pairs(kind == PM_BF16, first, second));
+        v_store_line(to, v_pairs(kind == PM_BF16, first, second), side->far);
     }
 }
 
@@ -600,7 +618,7 @@ typedef void (*product_wgrad_fn)(int64_t n, const product_word *left, const prod
 static const product_wgrad_fn product_wgrad_tile[PM_COMPUTES][PM_MR + 1] = PRODUCT_TABLE(wgrad);
 
 #define PRODUCT_PARTS ((PM_NR + PM_MR - 1) / PM_MR) /* tiles of a panel of the left side */
-#define PRODUCT_DEPTH 512 /* words at a time: what a task uses again stays in L2 */
+#define PRODUCT_DEPTH (6144 / PM_NR) /* words at a time: 24 KiB of a panel stay in L1 */
 
 /* dw[f][d] += sum over the rows row0 .. row0+rows-1 (row0 is even) of left[row][f] * right[row][d] for
  * one task's share; dw row f is at dw + f*ldw. The rows are summed in order, in near-equal chunks of

@@ -181,7 +181,7 @@ static void prototypical_routing_tokens(void *arg, int64_t task, int worker)
     }
     if (m)
         product_block(PM_FP32, m, x, D, E, j->panels, 0, product_panels(E),
-                      prototypical_routing_scale, &t);
+                      prototypical_routing_scale, &t, (product_target){0});
 }
 
 static pm_status prototypical_routing_forward(pm_ctx *ctx, const pm_prototypical_routing_args *g,
@@ -261,7 +261,7 @@ static void prototypical_routing_back_dx(const prototypical_routing_back_job *j,
     int64_t D = j->g->D;
     prototypical_routing_q to = {q, product_panels(D) * PM_NR};
     product_block(PM_FP32, m, c, j->g->E, D, j->panels, 0, product_panels(D),
-                  prototypical_routing_put_q, &to);
+                  prototypical_routing_put_q, &to, (product_target){0});
     for (int64_t r = 0; r < m; r++, q += to.ld) {
         const float *x = j->g->x + rows[r] * D;
         float *dx = j->d->dx + rows[r] * D;
@@ -286,8 +286,8 @@ static void prototypical_routing_back_tokens(void *arg, int64_t task, int worker
     void *scratch = j->worker + (size_t)worker * j->worker_bytes;
     float *c = pm_take(&scratch, prototypical_routing_back_c(E));
     float *q = pm_take(&scratch, prototypical_routing_back_q(D));
-    product_side left = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, E, &scratch);
-    product_side right = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, D, &scratch);
+    product_side left = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, E, false, &scratch);
+    product_side right = product_side_take(PM_FP32, PROTOTYPICAL_ROUTING_BACK, D, false, &scratch);
     float *partial = j->partial + task * E * D;
     int32_t rows[PROTOTYPICAL_ROUTING_BACK];
     float along[PROTOTYPICAL_ROUTING_BACK]; /* <x_n, q_n> / |x_n|^2 */

@@ -69,6 +69,22 @@ static inline vf v_round(vf a) /* to nearest even, |a| < 2^22 */
 static inline void v_stream(float *p, vf x) { v_store(p, x); }
 #endif
 
+/* A store; past the caches when it is far, unless the vector is only a part of a cache line. What was
+ * streamed can be read by others after v_stream_end. */
+static inline void v_store_line(float *p, vf x, bool far)
+{
+    if (far && PM_WIDTH == 16)
+        v_stream(p, x);
+    else
+        v_store(p, x);
+}
+static inline void v_stream_end(void)
+{
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 /* The first n of PM_WIDTH floats (0 < n <= PM_WIDTH); the rest reads as 0 and is not touched. */
 #if PM_WIDTH == 16 && defined(__AVX512F__)
 static inline vf v_load_n(const float *p, int64_t n)
