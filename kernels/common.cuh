@@ -112,6 +112,8 @@ template <class T> struct alignas(16) pm_pack {
     static constexpr int SIZE = 16 / sizeof(T);
     T v[SIZE];
 };
+// Host: whether an array may be accessed in packs. NULL may.
+static inline bool pm_aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Threads of the grid, for loops over n elements: for (i = pm_thread(); i < n; i += pm_threads()).
 PM_DEVICE int64_t pm_thread() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }

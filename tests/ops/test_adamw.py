@@ -109,7 +109,8 @@ def test_zero_gradient_moves_nothing_at_first():
 def test_wrong_hyper_parameters_change_nothing(changes, message):
     inputs = make("adamw", "odd")
     mine = {**copy(inputs), "hyper": oracle.hyper(**changes)}
-    with pytest.raises(ValueError, match=message):
+    at = oracle.NAMES.index(*changes)  # what a GPU says of it
+    with pytest.raises(ValueError, match=rf"{message}|hyper\[{at}\]"):
         ops.adamw_forward(**mine)
     for name in ("grad", "param", "m", "v", "avg"):
         np.testing.assert_array_equal(mine[name], inputs[name])

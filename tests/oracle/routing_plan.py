@@ -76,4 +76,6 @@ CASES = {
     "many_groups": _case(25, 2, 257),
     "many_slots": _case(5, 40, 50),
     "no_token": _case(0, 2, 3),
+    "blocks": _case(700, 2, 6, empty=0.3),  # of a GPU: 256 tokens
+    "many_blocks": _case(9000, 1, 14),
 }
