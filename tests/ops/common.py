@@ -5,6 +5,8 @@ An oracle module tests/oracle/<op>.py has
     forward(**inputs)  -> {output or saved name: array}
     backward(**inputs, **{"d" + output: array}) -> {"d" + input: array}     (ops with gradients)
     CASES: {case name: function of a numpy Generator -> dict of inputs and attributes, float32}
+    OWN_BOUNDS: cases whose gradients are (almost) all rounding, which tests/ops/test_<op>.py bounds  (optional)
+    floor(inputs): the ulp that assert_close allows (optional: 4)
 
 and computes in the dtype of its float inputs. Index arrays and attributes pass unchanged.
 """
@@ -20,6 +22,14 @@ ULP = np.finfo(np.float32).eps
 
 def oracle(op):
     return importlib.import_module(f"tests.oracle.{op}")
+
+
+def own_bounds(op):
+    return getattr(oracle(op), "OWN_BOUNDS", ())
+
+
+def floor_of(op, inputs):
+    return getattr(oracle(op), "floor", lambda _: 4.0)(inputs)
 
 
 def cast(values, dtype):

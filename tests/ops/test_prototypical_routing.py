@@ -15,12 +15,12 @@ from .common import (
     make,
     make_upstream,
     oracle,
+    own_bounds,
     run,
 )
 
 OP = "prototypical_routing"
-SPECIAL = ("one", "width_1", "zero_norms", "small_norms", "along")  # tests of their own, below
-CASES = [case for case in oracle(OP).CASES if case not in SPECIAL]
+CASES = [case for case in oracle(OP).CASES if case not in own_bounds(OP)]
 
 
 def gradients(inputs, dz, **wanted):
@@ -38,7 +38,7 @@ def test_oracle_finite_differences(case):
     check_finite_differences(OP, case, ["x", "proto"], step=1e-6)
 
 
-@pytest.mark.parametrize("case", SPECIAL)
+@pytest.mark.parametrize("case", own_bounds(OP))
 def test_rows_of_different_scale(case):
     """Each row has its own scale, so each is held to its own bound. The gradient of a row is q minus
     its component along the row, q/|row| itself unrounded: so an error of a few ulp of |q|, also where

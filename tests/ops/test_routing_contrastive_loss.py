@@ -13,9 +13,11 @@ from .common import (
     cast,
     check_finite_differences,
     compare,
+    floor_of,
     make,
     make_upstream,
     oracle,
+    own_bounds,
     run,
 )
 
@@ -27,11 +29,10 @@ def gradients(inputs, outs, dloss=1.0):
     return ops.routing_contrastive_loss_backward(**inputs, **outs, dloss=np.full(1, dloss, np.float32))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("zero_norms", "width_1")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in own_bounds(OP)])
 def test_values_and_gradients(case):
-    # A cosine that is off by an ulp moves its logit by 1/temperature ulp, and a probability by that share.
     inputs = make(OP, case)
-    floor = 2 / inputs.get("temperature", 0.1)
+    floor = floor_of(OP, inputs)
     outs = ops.routing_contrastive_loss_forward(**inputs)
     compare(OP, outs, inputs, floor)
     upstream = make_upstream(OP, case, outs)
@@ -49,7 +50,7 @@ def test_one_dimension():
     """All cosines are 1 or -1, and no gradient is left but rounding."""
     inputs = make(OP, "width_1")
     outs = ops.routing_contrastive_loss_forward(**inputs)
-    compare(OP, outs, inputs, floor=2 / 0.1)
+    compare(OP, outs, inputs, floor_of(OP, inputs))
     grads = gradients(inputs, outs)
     bound = 8 * ULP / 0.1
     assert (np.abs(grads["dproto"] * inputs["proto"]) <= bound).all()
@@ -61,7 +62,7 @@ def test_zero_norms():
     """A mean of zero and a prototype of zero have cosine 0 to everything; their norm is the constant 1e-12."""
     inputs = make(OP, "zero_norms")
     outs = ops.routing_contrastive_loss_forward(**inputs)
-    compare(OP, outs, inputs, floor=2 / 0.1)
+    compare(OP, outs, inputs, floor_of(OP, inputs))
     np.testing.assert_allclose(outs["prob"][1, :3], 1 / 3, rtol=4 * ULP)
     got = gradients(inputs, outs)
     one = np.ones(1)

@@ -79,3 +79,4 @@ CASES = {
     "wide": _case(30, 700, 13, part=0.1),
 }
 CASES |= {f"width_{D}": _case(5, D, 34 - D) for D in range(1, 34)}
+OWN_BOUNDS = ("one", "width_1", "zero_norms", "small_norms", "along")

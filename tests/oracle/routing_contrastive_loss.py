@@ -89,3 +89,9 @@ CASES = {
     "wide": _case(40, 500, 5, temperature=0.07),
 }
 CASES |= {f"width_{D}": _case(12, D, 3) for D in range(1, 34)}
+OWN_BOUNDS = ("zero_norms", "width_1")
+
+
+def floor(inputs):
+    """A cosine that is off by an ulp moves its logit by 1/temperature ulp, and a probability by that share."""
+    return 2 / inputs.get("temperature", 0.1)
