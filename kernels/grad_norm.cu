@@ -1,9 +1,9 @@
 // grad_norm.cu: contract in csrc/ops/grad_norm.h. g is read once, 16 bytes at a time (4 M bytes), by blocks
 // of 256 threads; the sums stay on the device.
 //
-// Order of the sum, in double: a thread adds the squares of every 1024th four numbers of its block's
+// Order of the sum, in double: a thread adds the squares of every 256th pack of its block's
 // 32768, in four chains; then the chains, a tree over the threads, and one block over the slots: a
-// thread adds every 1024th, then a tree. It depends on M alone. The square of a float is exact in double.
+// thread adds every 256th, then a tree. It depends on M alone. The square of a float is exact in double.
 #include "common.cuh"
 
 namespace {
@@ -38,12 +38,13 @@ __global__ void __launch_bounds__(256)
         slots[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(256)
     norm_kernel(int64_t count, const double *__restrict__ slots, double *__restrict__ norm)
 {
     __shared__ double part[32];
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < count; i += 1024)
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < count; i += 256)
         sum += slots[i];
     sum = pm_block_sum(sum, part);
     if (threadIdx.x == 0)
@@ -66,7 +67,7 @@ pm_status grad_norm_forward(pm_ctx *ctx, const pm_grad_norm_args *g, void *scrat
         PM_RUN(ctx, slot_kernel<true>, count, 256, 0, g->M, g->g, slots);
     else
         PM_RUN(ctx, slot_kernel<false>, count, 256, 0, g->M, g->g, slots);
-    PM_RUN(ctx, norm_kernel, 1, 1024, 0, (int64_t)count, slots, g->norm);
+    PM_RUN(ctx, norm_kernel, 1, 256, 0, (int64_t)count, slots, g->norm);
     return PM_OK;
 }
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,12 @@ def test_every_element_counts_once():
         g = np.zeros(131089, np.float32)
         g[at] = -3
         assert ops.grad_norm_forward(g=g)["norm"][0] == 3
+
+
+def test_many_slots():
+    """More partial sums than a GPU's block has threads."""
+    M = 300 * 32768 + 5
+    assert ops.grad_norm_forward(g=np.ones(M, np.float32))["norm"][0] == math.sqrt(M)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
