@@ -109,6 +109,15 @@ def test_fewer_than_two_clusters(case):
     np.testing.assert_array_equal(got["count"], oracle(OP).forward(**inputs)["count"])
 
 
+def test_fewer_than_two_clusters_have_no_gradient_whatever_they_hold():
+    inputs = make(OP, "all_on_one")
+    inputs["x"][4] = np.nan
+    outs = ops.routing_contrastive_loss_forward(**inputs)
+    got = gradients(inputs, outs)
+    assert outs["loss"] == 0 and not outs["prob"].any()
+    assert not got["dx"].any() and not got["dproto"].any()
+
+
 def test_an_empty_cluster_is_left_alone():
     """No push, no pull: as if its prototype were not there."""
     inputs = make(OP, "empty_clusters")
