@@ -185,6 +185,20 @@ struct pm_backend {
     pm_status (*zero)(pm_ctx *ctx, void *memory, size_t bytes);
     pm_status (*sync)(pm_ctx *ctx);
 
+    /* Graphs; all four are NULL where a backend has none. Between begin_capture and end_capture ops,
+     * copy, zero and derive are recorded with their arguments and do not run, and any other call is an
+     * error. end_capture comes after a failure, too: then, and when it fails itself, *graph is NULL and
+     * what was recorded is forgotten. launch runs the recording on what the memory holds then. */
+    pm_status (*begin_capture)(pm_ctx *ctx);
+    pm_status (*end_capture)(pm_ctx *ctx, void **graph);
+    pm_status (*launch)(pm_ctx *ctx, void *graph);
+    void (*free_graph)(pm_ctx *ctx, void *graph);
+
+    /* Memory of this device that somebody else allocated, `bytes` from `memory` on: says what is wrong
+     * with it, or makes what follows wait for what is under way in `stream` (a cudaStream_t: 0 or 1 is
+     * the default stream, 2 that of the thread). NULL where memory is the host's. */
+    pm_status (*adopt)(pm_ctx *ctx, const void *memory, size_t bytes, uintptr_t stream);
+
     /* Derived weights: bytes for an (F, D) weight, a multiple of 64, and making them from w. */
     size_t (*derived_bytes)(const pm_ctx *ctx, int64_t F, int64_t D);
     pm_status (*derive)(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived);

@@ -1,6 +1,7 @@
 // backend.cu: the device, its memory, and the table of ops: the plugin that csrc/backends.c loads.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #define PM_OP_LINKAGE __attribute__((weak)) // while ops are missing
@@ -25,8 +26,10 @@ struct device {
     pm_gpu gpu;
     char *staging; // 2 HALFs
     cudaEvent_t done[2];
+    cudaEvent_t theirs; // what another stream has come to
     int half;
     size_t filled;                   // bytes of the half in use
+    bool capturing;                  // between begin_capture and end_capture
     unsigned long long *fault_found; // page-locked: where read and sync look
 };
 device self;
@@ -44,9 +47,19 @@ const struct {
 
 double megabytes(size_t bytes) { return (double)bytes / 1e6; }
 
+// What the host asks for while a graph is recorded would happen once and never again.
+pm_status not_recorded(pm_ctx *ctx, const char *what)
+{
+    return self.capturing
+               ? pm_fail(ctx, PM_EINTERNAL, "CUDA: %s while a graph is being recorded", what)
+               : PM_OK;
+}
+
 void *gpu_alloc(pm_ctx *ctx, size_t bytes)
 {
     void *memory = nullptr;
+    if (not_recorded(ctx, "alloc") != PM_OK)
+        return nullptr;
     cudaError_t error = cudaMalloc(&memory, bytes ? bytes : 1);
     if (error == cudaSuccess)
         error = cudaMemsetAsync(memory, 0, bytes, self.gpu.stream);
@@ -69,6 +82,7 @@ void gpu_free(pm_ctx *, void *memory, size_t) { (void)cudaFree(memory); }
 
 pm_status gpu_write(pm_ctx *ctx, void *to, const void *host, size_t bytes)
 {
+    PM_TRY(not_recorded(ctx, "write"));
     while (bytes > 0) {
         if (self.filled == HALF) {
             PM_TRY(pm_cuda(ctx, "cudaEventRecord",
@@ -95,6 +109,7 @@ pm_status gpu_write(pm_ctx *ctx, void *to, const void *host, size_t bytes)
 // Waits for all work; then the fault that it found, if any.
 pm_status gpu_sync(pm_ctx *ctx)
 {
+    PM_TRY(not_recorded(ctx, "sync"));
     PM_TRY(pm_cuda(ctx, "sync",
                    cudaMemcpyAsync(self.fault_found, self.gpu.fault, sizeof *self.fault_found,
                                    cudaMemcpyDeviceToHost, self.gpu.stream)));
@@ -117,6 +132,7 @@ pm_status gpu_sync(pm_ctx *ctx)
 
 pm_status gpu_read(pm_ctx *ctx, void *host, const void *from, size_t bytes)
 {
+    PM_TRY(not_recorded(ctx, "read"));
     if (bytes > 0)
         PM_TRY(
             pm_cuda(ctx, "read",
@@ -137,6 +153,66 @@ pm_status gpu_zero(pm_ctx *ctx, void *memory, size_t bytes)
     if (!bytes)
         return PM_OK;
     return pm_cuda(ctx, "zero", cudaMemsetAsync(memory, 0, bytes, self.gpu.stream));
+}
+
+// ---------------------------------------------------------------- graphs
+
+pm_status gpu_begin_capture(pm_ctx *ctx)
+{
+    PM_TRY(not_recorded(ctx, "begin_capture"));
+    // Of this thread: what other libraries do in other threads is their affair.
+    PM_TRY(pm_cuda(ctx, "cudaStreamBeginCapture",
+                   cudaStreamBeginCapture(self.gpu.stream, cudaStreamCaptureModeThreadLocal)));
+    self.capturing = true;
+    return PM_OK;
+}
+
+pm_status gpu_end_capture(pm_ctx *ctx, void **out)
+{
+    *out = nullptr;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t ready = nullptr;
+    self.capturing = false;
+    PM_TRY(pm_cuda(ctx, "cudaStreamEndCapture", cudaStreamEndCapture(self.gpu.stream, &graph)));
+    const cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
+    (void)cudaGraphDestroy(graph);
+    PM_TRY(pm_cuda(ctx, "cudaGraphInstantiate", error));
+    *out = ready;
+    return PM_OK;
+}
+
+pm_status gpu_launch(pm_ctx *ctx, void *graph)
+{
+    PM_TRY(not_recorded(ctx, "launch"));
+    return pm_cuda(ctx, "cudaGraphLaunch",
+                   cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), self.gpu.stream));
+}
+
+// A launch that is under way keeps what it needs.
+void gpu_free_graph(pm_ctx *, void *graph)
+{
+    (void)cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph));
+}
+
+// ---------------------------------------------------------------- memory of others
+
+pm_status gpu_adopt(pm_ctx *ctx, const void *memory, size_t bytes, uintptr_t stream)
+{
+    cudaPointerAttributes found = {};
+    PM_TRY(not_recorded(ctx, "adopt"));
+    if (bytes > 0)
+        PM_TRY(pm_cuda(ctx, "cudaPointerGetAttributes", cudaPointerGetAttributes(&found, memory)));
+    if (bytes > 0 && found.type != cudaMemoryTypeDevice && found.type != cudaMemoryTypeManaged)
+        return pm_fail(ctx, PM_EINVAL, "%p is not memory of a GPU", memory);
+    if (bytes > 0 && found.device != self.number)
+        return pm_fail(ctx, PM_EINVAL, "it is in the memory of GPU %d; promoe computes on GPU %d",
+                       found.device, self.number);
+    const cudaStream_t theirs = stream > 2    ? reinterpret_cast<cudaStream_t>(stream)
+                                : stream == 2 ? cudaStreamPerThread
+                                              : cudaStreamLegacy;
+    PM_TRY(pm_cuda(ctx, "the stream of the array", cudaEventRecord(self.theirs, theirs)));
+    return pm_cuda(ctx, "cudaStreamWaitEvent",
+                   cudaStreamWaitEvent(self.gpu.stream, self.theirs, 0));
 }
 
 // ---------------------------------------------------------------- derived weights: bf16 shadows
@@ -290,24 +366,24 @@ bool find_device(char *message, size_t bytes)
     return true;
 }
 
-// Everything that lives as long as the process.
-bool open_device(char *message, size_t bytes)
+// Everything that lives as long as the process. What an attempt that failed has made is released by
+// close_device, so that the next one finds nothing.
+bool make_device(char *message, size_t bytes)
 {
-    if (!find_device(message, bytes))
-        return false;
     int shared = 0;
-    PM_OPEN("cudaSetDevice", cudaSetDevice(0));
+    PM_OPEN("cudaSetDevice", cudaSetDevice(self.number));
+    PM_OPEN(
+        "cudaDeviceGetAttribute",
+        cudaDeviceGetAttribute(&self.gpu.processors, cudaDevAttrMultiProcessorCount, self.number));
     PM_OPEN("cudaDeviceGetAttribute",
-            cudaDeviceGetAttribute(&self.gpu.processors, cudaDevAttrMultiProcessorCount, 0));
-    PM_OPEN("cudaDeviceGetAttribute",
-            cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+            cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, self.number));
     self.gpu.shared_most = (size_t)shared;
     PM_OPEN("cudaStreamCreate", cudaStreamCreateWithFlags(&self.gpu.stream, cudaStreamNonBlocking));
     PM_OPEN("cudaHostAlloc", cudaHostAlloc((void **)&self.staging, 2 * HALF, 0));
     PM_OPEN("cudaHostAlloc",
             cudaHostAlloc((void **)&self.fault_found, sizeof *self.fault_found, 0));
-    for (cudaEvent_t &done : self.done)
-        PM_OPEN("cudaEventCreate", cudaEventCreateWithFlags(&done, cudaEventDisableTiming));
+    for (cudaEvent_t *event : {&self.done[0], &self.done[1], &self.theirs})
+        PM_OPEN("cudaEventCreate", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
     PM_OPEN("cudaMalloc", cudaMalloc((void **)&self.gpu.fault, sizeof *self.gpu.fault));
     PM_OPEN("cudaMemset",
             cudaMemsetAsync(self.gpu.fault, 0xff, sizeof *self.gpu.fault, self.gpu.stream));
@@ -317,6 +393,29 @@ bool open_device(char *message, size_t bytes)
         return false;
     }
     return true;
+}
+
+void close_device()
+{
+    (void)cudaFree(self.gpu.fault);
+    for (cudaEvent_t event : {self.done[0], self.done[1], self.theirs})
+        if (event)
+            (void)cudaEventDestroy(event);
+    (void)cudaFreeHost(self.fault_found);
+    (void)cudaFreeHost(self.staging);
+    if (self.gpu.stream)
+        (void)cudaStreamDestroy(self.gpu.stream);
+    self = {};
+}
+
+bool open_device(char *message, size_t bytes)
+{
+    if (!find_device(message, bytes))
+        return false;
+    if (make_device(message, bytes))
+        return true;
+    close_device();
+    return false;
 }
 
 // ---------------------------------------------------------------- the tables
@@ -336,11 +435,12 @@ template <class A> size_t workspace_missing(const pm_ctx *, const A *, bool) { r
     table->op.backward = op##_backward<T> ? op##_backward<T>                                       \
                                           : backward_missing<pm_##op##_args, pm_##op##_grads>;
 
-template <class T> void fill(pm_backend *table, pm_compute compute)
+template <class T> void fill(pm_backend *table, pm_compute compute, bool graphs)
 {
-    static const char *const names[] = {PM_COMPUTE_NAMES};
+    static char level[16]; // "sm_90"
+    snprintf(level, sizeof level, "sm_%d", self.capability);
     table->name = "cuda";
-    table->level = names[compute];
+    table->level = level;
     table->compute = compute;
     table->host = false;
     table->act_bytes = sizeof(T);
@@ -351,6 +451,13 @@ template <class T> void fill(pm_backend *table, pm_compute compute)
     table->copy = gpu_copy;
     table->zero = gpu_zero;
     table->sync = gpu_sync;
+    if (graphs) {
+        table->begin_capture = gpu_begin_capture;
+        table->end_capture = gpu_end_capture;
+        table->launch = gpu_launch;
+        table->free_graph = gpu_free_graph;
+    }
+    table->adopt = gpu_adopt;
     table->derived_bytes = shadow_bytes;
     table->derive = shadow;
 #define PM_OP(op, OP, direction)                                                                   \
@@ -362,20 +469,37 @@ template <class T> void fill(pm_backend *table, pm_compute compute)
 #undef PM_OP
 }
 
+// PROMOE_CUDA_GRAPHS=0 runs every op by itself, to find out which one is wrong.
+bool want_graphs(bool *graphs, char *message, size_t bytes)
+{
+    const char *const word = getenv("PROMOE_CUDA_GRAPHS");
+    *graphs = !word || !*word || !strcmp(word, "1");
+    if (*graphs || !strcmp(word, "0"))
+        return true;
+    snprintf(message, bytes, "PROMOE_CUDA_GRAPHS=%s: one of 0, 1", word);
+    return false;
+}
+
 const pm_backend *open_backend(pm_compute compute, char *message, size_t bytes)
 {
-    static pm_backend tables[PM_COMPUTES];
+    static pm_backend tables[2][PM_COMPUTES];
+    bool graphs;
     if (compute == PM_BF16_EMULATED) {
         snprintf(message, bytes, "compute = 'bf16-emulated' is for a CPU: a GPU has 'bf16'");
         return nullptr;
     }
+    if (!want_graphs(&graphs, message, bytes))
+        return nullptr;
     if (!self.open && !(self.open = open_device(message, bytes)))
         return nullptr;
+    pm_backend *const table = &tables[graphs][compute];
+    if (table->name)
+        return table; // which may be in use
     if (compute == PM_BF16)
-        fill<bf16>(&tables[compute], compute);
+        fill<bf16>(table, compute, graphs);
     else
-        fill<float>(&tables[compute], compute);
-    return &tables[compute];
+        fill<float>(table, compute, graphs);
+    return table;
 }
 
 } // namespace

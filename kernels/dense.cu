@@ -458,8 +458,11 @@ bool pm_dense_open(char *message, size_t message_bytes)
         return false;
     }
     const cudaError_t error = cudaMalloc(&workspace, WORKSPACE);
-    if (error != cudaSuccess)
-        snprintf(message, message_bytes, "no %zu bytes of GPU memory for cuBLASLt: %s", WORKSPACE,
-                 cudaGetErrorString(error));
-    return error == cudaSuccess;
+    if (error == cudaSuccess)
+        return true;
+    snprintf(message, message_bytes, "no %zu bytes of GPU memory for cuBLASLt: %s", WORKSPACE,
+             cudaGetErrorString(error));
+    (void)cudaGetLastError();
+    (void)cublasLtDestroy(handle);
+    return false;
 }

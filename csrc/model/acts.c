@@ -158,7 +158,7 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_byt
                  .blocks = acts->blocks};
 
     a.x = take(&at, B * c->channels * V);
-    a.y = take64(&at, B);
+    a.y = take64(&at, train ? B : 2 * B);
     a.key = take64(&at, 2);
     a.schedule = take64(&at, 3);
     if (train) {
@@ -168,7 +168,7 @@ size_t pm_acts_place(const pm_config *c, int64_t B, pm_mode mode, size_t act_byt
     }
     a.t = take(&at, Q);
     a.label = train ? a.y : take64(&at, Q);
-    a.condition = train ? NULL : take(&at, B);
+    a.condition = train ? NULL : take(&at, 2 * B);
     a.angles = take_act(&at, Q * PM_TIME_FEATURES);
     a.time_pre = train ? take_act(&at, Q * D) : NULL;
     a.time_h = take_act(&at, Q * D);

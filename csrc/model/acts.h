@@ -67,12 +67,12 @@ typedef struct {
     float *x0;     /* (B, C, V) clean data */
     int64_t *y0;   /* (B) labels before the drop */
     float *x;      /* (B, C, V) */
-    int64_t *y;    /* (B) labels */
+    int64_t *y;    /* (B) labels; in inference (2, B): there may be two passes */
     float *target; /* (B, C, V) */
 
     float *t;                  /* (conditions) */
     int64_t *label;            /* (conditions) in training y itself */
-    int32_t *condition;        /* (B) of each image; NULL in training */
+    int32_t *condition;        /* of each image, shaped as y; NULL in training */
     pm_act *angles;            /* (conditions, 256) */
     pm_act *time_pre, *time_h; /* (conditions, D) first time layer: before and after SiLU */
     pm_act *time;              /* (conditions, D) time embedding */

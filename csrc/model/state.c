@@ -29,7 +29,7 @@ static int64_t foff_count(const pm_config *c)
 static size_t numbers_bytes(const pm_config *c)
 {
     return sizeof(pm_step_numbers) +
-           (size_t)PM_LOSS_SLOTS * (size_t)pm_loss_count(c) * sizeof(float);
+           (size_t)(PM_LOSS_SLOTS + 1) * (size_t)pm_loss_count(c) * sizeof(float);
 }
 float *pm_loss_slot(const pm_model *m, int slot)
 {
@@ -74,6 +74,7 @@ pm_status pm_need_arena(pm_ctx *ctx, pm_model *m, size_t bytes)
 {
     if (bytes <= m->arena_bytes)
         return PM_OK;
+    pm_forget_graphs(ctx, m);
     give_memory(ctx, m->arena, m->arena_bytes); /* first, so that both need not fit together */
     m->arena = NULL;
     m->arena_bytes = 0;
@@ -221,7 +222,7 @@ pm_run pm_model_run(pm_ctx *ctx, pm_model *m)
     r.weights = (pm_weights){m->slab[PM_SLAB_PARAM], m->derived};
     r.foff_dense = m->foff;
     r.foff_experts = m->foff + 2;
-    r.losses = pm_loss_slot(m, 0);
+    r.losses = pm_loss_slot(m, PM_LOSS_SLOTS);
     r.scratch = m->arena + m->scratch_at;
     r.scratch_bytes = m->scratch_bytes;
     r.profile = m->profile.on ? &m->profile : NULL;
@@ -357,6 +358,7 @@ pm_status pm_model_create(pm_ctx *ctx, const pm_config *cfg, int64_t seed, pm_mo
 
 void pm_model_close(pm_ctx *ctx, pm_model *m)
 {
+    pm_forget_graphs(ctx, m);
     for (int slab = 0; slab < PM_SLABS; slab++)
         if (slab != PM_SLAB_GRAD) {
             give_memory(ctx, m->slab[slab], slab_bytes(m, slab));

@@ -7,7 +7,7 @@
 
 enum { PM_LOSS_SLOTS = 16 }; /* micro-batches whose losses wait in backend memory */
 
-/* Numbers that an update leaves and reads, in backend memory. The loss slots follow. */
+/* Numbers that an update leaves and reads, in backend memory. The loss slots follow, PM_LOSS_SLOTS + 1. */
 typedef struct {
     double hyper[8]; /* PM_HYPER_COUNT */
     double norm;
@@ -23,6 +23,24 @@ typedef struct {
     int32_t *slot;  /* the hash table: a condition, or -1 */
     int64_t room;   /* for so many images */
 } pm_conditions;
+
+/* What is recorded as a graph: a stretch of a step whose arguments are all in the key, so that the same
+ * key means the same arguments. Whole words, so that keys can be compared as bytes. */
+typedef enum {
+    PM_STRETCH_ACCUMULATE,
+    PM_STRETCH_UPDATE,
+    PM_STRETCH_CONDITIONS,
+    PM_STRETCH_SAMPLE
+} pm_stretch;
+typedef struct {
+    int64_t stretch, B, conditions, variant;
+    const void *memory[7];
+} pm_graph_key;
+enum { PM_GRAPHS = 16 }; /* kept; a training run has 2, or 3 when the last micro-batch is smaller */
+typedef struct {
+    pm_graph_key key;
+    void *graph; /* NULL: it has run once, op by op */
+} pm_graph;
 
 struct pm_model {
     pm_config cfg;
@@ -46,6 +64,9 @@ struct pm_model {
     pm_conditions conditions; /* of the batch seen last */
 
     pm_profile profile;
+
+    pm_graph graphs[PM_GRAPHS]; /* the first graph_count; the oldest first */
+    int graph_count;
 
     /* gradients since the last update */
     bool gradients_incomplete;
@@ -76,6 +97,14 @@ pm_status pm_model_weights(pm_ctx *ctx, pm_model *m, bool ema, pm_weights *weigh
 /* Rewrites the derived twins of the live weights, which have changed. */
 pm_status pm_model_derive(pm_ctx *ctx, pm_model *m);
 
+/* graph.c: body(arg) is a stretch of ops. Its first time with a key it runs op by op; its second time it is
+ * recorded, and from then on the recording runs. *changed: whatever body has set it to, or true while
+ * a recording runs; false when nothing ran. Without graphs, or while somebody measures: body(arg). */
+pm_status pm_run_stretch(pm_ctx *ctx, pm_model *m, const pm_graph_key *key,
+                         pm_status (*body)(void *arg), void *arg, bool *changed);
+void pm_forget_graphs(pm_ctx *ctx, pm_model *m);
+
+/* Losses of a micro-batch; slot PM_LOSS_SLOTS is where the ops write them. */
 float *pm_loss_slot(const pm_model *m, int slot);
 pm_status pm_check_labels(pm_ctx *ctx, const pm_config *cfg, int64_t B, const int64_t *y);
 

@@ -207,6 +207,20 @@ static pm_status draw(pm_run *r)
     return PM_OK;
 }
 
+typedef struct {
+    pm_run run;
+    float *grad;
+    bool *touched;
+} accumulation;
+
+static pm_status draw_and_add(void *arg)
+{
+    const accumulation *const a = arg;
+    pm_run r = a->run;
+    PM_TRY(draw(&r));
+    return forward_backward(&r, a->grad, a->touched);
+}
+
 pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *x0,
                               const int64_t *y, int64_t position, double scale)
 {
@@ -216,16 +230,18 @@ pm_status pm_model_accumulate(pm_ctx *ctx, pm_model *m, int64_t B, const float *
     PM_TRY(pm_need_acts(ctx, m, B, PM_TRAINING));
     if (m->slots == PM_LOSS_SLOTS)
         PM_TRY(fetch_numbers(ctx, m));
-    pm_run r = pm_model_run(ctx, m);
-    r.losses = pm_loss_slot(m, m->slots);
-    PM_TRY(write_data(&r, m, x0, y, position, scale));
-    PM_TRY(draw(&r));
-    const pm_status status = forward_backward(&r, m->slab[PM_SLAB_GRAD], &m->gradients_incomplete);
-    if (status == PM_OK) {
-        m->gradients_incomplete = false;
-        m->slot_scale[m->slots++] = scale;
-    }
-    return status;
+    float *const grad = m->slab[PM_SLAB_GRAD];
+    accumulation a = {pm_model_run(ctx, m), grad, &m->gradients_incomplete};
+    PM_TRY(write_data(&a.run, m, x0, y, position, scale));
+    const pm_graph_key key = {
+        PM_STRETCH_ACCUMULATE, B,
+        .memory = {m->arena, grad, a.run.weights.param, a.run.weights.derived}};
+    PM_TRY(pm_run_stretch(ctx, m, &key, draw_and_add, &a, &m->gradients_incomplete));
+    PM_TRY(ctx->backend->copy(ctx, pm_loss_slot(m, m->slots), a.run.losses,
+                              (size_t)pm_loss_count(&m->cfg) * sizeof(float)));
+    m->gradients_incomplete = false;
+    m->slot_scale[m->slots++] = scale;
+    return PM_OK;
 }
 
 /* grad slab += more, which is host memory, a piece at a time. */
@@ -297,8 +313,18 @@ pm_status pm_model_loss_and_grad(pm_ctx *ctx, pm_model *m, int64_t B, const floa
 
 /* ---------------------------------------------------------------- update */
 
-static pm_status optimize(pm_run *r, pm_model *m, bool has_ema)
+typedef struct {
+    pm_run run;
+    pm_model *model;
+    bool has_ema;
+} optimization;
+
+/* Norm, AdamW, and the derived twins of the new weights (or of the old ones, when it was skipped). */
+static pm_status optimize(void *arg)
 {
+    optimization *const o = arg;
+    pm_run *const r = &o->run;
+    pm_model *const m = o->model;
     float *const grad = m->slab[PM_SLAB_GRAD];
     PM_FORWARD(r, grad_norm,
                (pm_grad_norm_args){.M = m->layout.train, .g = grad, .norm = &m->numbers->norm});
@@ -310,8 +336,8 @@ static pm_status optimize(pm_run *r, pm_model *m, bool has_ema)
                                .param = m->slab[PM_SLAB_PARAM],
                                .m = m->slab[PM_SLAB_M],
                                .v = m->slab[PM_SLAB_V],
-                               .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL});
-    return PM_OK;
+                               .avg = o->has_ema ? m->slab[PM_SLAB_EMA] : NULL});
+    return r->dry ? PM_OK : pm_model_derive(r->ctx, m);
 }
 
 static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm_step_info *info)
@@ -322,11 +348,11 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
                        "update: there are no gradients yet: accumulate comes first");
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_M));
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_V));
-    pm_run r = pm_model_run(ctx, m);
-    r.dry = true;
-    r.scratch_bytes = 0;
-    PM_TRY(optimize(&r, m, o->has_ema));
-    PM_TRY(pm_need_arena(ctx, m, r.scratch_bytes));
+    optimization all = {pm_model_run(ctx, m), m, o->has_ema};
+    all.run.dry = true;
+    all.run.scratch_bytes = 0;
+    PM_TRY(optimize(&all));
+    PM_TRY(pm_need_arena(ctx, m, all.run.scratch_bytes));
     if (o->has_ema) /* last: it is one once it is made */
         PM_TRY(pm_need_slab(ctx, m, PM_SLAB_EMA));
     /* Nothing is missing now. */
@@ -339,18 +365,22 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
                                           [PM_HYPER_EMA] = o->ema,
                                           [PM_HYPER_STEP] = (double)(m->step + 1)};
     PM_WRITE(ctx, m->numbers->hyper, hyper, PM_HYPER_COUNT);
-    r.dry = false;
-    r.scratch = m->arena;
-    PM_TRY(optimize(&r, m, o->has_ema));
+    all.run.dry = false;
+    all.run.scratch = m->arena;
+    const pm_graph_key key = {PM_STRETCH_UPDATE, .variant = o->has_ema,
+                              .memory = {m->arena, m->slab[PM_SLAB_GRAD], m->slab[PM_SLAB_PARAM],
+                                         m->derived, m->slab[PM_SLAB_M], m->slab[PM_SLAB_V],
+                                         m->slab[PM_SLAB_EMA]}};
+    bool changed = false;
+    PM_TRY(pm_run_stretch(ctx, m, &key, optimize, &all, &changed));
+    m->ema_derived_fresh = false;
     PM_TRY(fetch_numbers(ctx, m));
     const double norm = m->host_numbers->norm;
     const bool skipped = !isfinite(norm);
-    if (skipped) {
+    if (skipped)
         m->skipped++;
-    } else {
+    else
         m->step++;
-        PM_TRY(pm_model_derive(ctx, m));
-    }
     *info = (pm_step_info){.mse = m->mse / m->weight,
                            .aux = m->aux / m->weight,
                            .grad_norm = norm,

@@ -114,7 +114,7 @@ static void run_everything()
 
 static pm_host_stream *real(cudaStream_t stream)
 {
-    if (!stream || stream == cudaStreamLegacy)
+    if (!stream || stream == cudaStreamLegacy || stream == cudaStreamPerThread)
         return &legacy;
     return streams.count(stream) ? stream : nullptr;
 }
@@ -601,6 +601,18 @@ extern "C" cudaError_t cudaMemGetInfo(size_t *free, size_t *total)
         used += m.second.bytes;
     *total = (size_t)8 << 30;
     *free = *total > used ? *total - used : 0;
+    return result(cudaSuccess);
+}
+
+extern "C" cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory)
+{
+    LOCK;
+    *attributes = {};
+    attributes->device = -2; // cudaInvalidDeviceId
+    if (in_device(memory, 1))
+        *attributes = {cudaMemoryTypeDevice, 0, (void *)memory, nullptr};
+    else if (in_pinned(memory))
+        *attributes = {cudaMemoryTypeHost, 0, (void *)memory, (void *)memory};
     return result(cudaSuccess);
 }
 
