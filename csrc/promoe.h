@@ -171,7 +171,8 @@ typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_TF32, PM_COMPUTES } pm_com
  * write has taken the host's bytes when it returns; read waits. */
 struct pm_backend {
     const char *name;  /* "cpu" */
-    const char *level; /* instruction set: "generic", "avx2", "avx512" */
+    const char *level; /* instruction set: "generic", "avx2", "avx512"; of a GPU "sm_90" */
+    const char *model; /* of a GPU: its name, memory and driver; NULL on a CPU */
     pm_compute compute;
     bool host;        /* its memory is host memory that callers may look at between calls */
     size_t act_bytes; /* of a number of an activation: 4 (float), or 2 (bf16; not a host's) */

@@ -22,7 +22,7 @@ constexpr size_t HALF = (size_t)4 << 20;
 struct device {
     bool open;
     int number, capability; // 80, 90
-    char name[256];
+    char name[320]; // "NVIDIA H200, 150.1 GB, driver for CUDA 13.0"
     pm_gpu gpu;
     char *staging; // 2 HALFs
     cudaEvent_t done[2];
@@ -355,12 +355,13 @@ bool find_device(char *message, size_t bytes)
     self.capability = 10 * major + minor;
     cudaDeviceProp properties;
     PM_OPEN("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, 0));
-    snprintf(self.name, sizeof self.name, "%s", properties.name);
+    snprintf(self.name, sizeof self.name, "%s, %.1f GB, driver for CUDA %d.%d", properties.name,
+             (double)properties.totalGlobalMem / 1e9, driver / 1000, driver % 100 / 10);
     if (self.capability < 80) {
         snprintf(message, bytes,
                  "device 'cuda': %s has compute capability %d.%d; these kernels need 8.0 (Ampere) "
                  "or later",
-                 self.name, major, minor);
+                 properties.name, major, minor);
         return false;
     }
     return true;
@@ -441,6 +442,7 @@ template <class T> void fill(pm_backend *table, pm_compute compute, bool graphs)
     snprintf(level, sizeof level, "sm_%d", self.capability);
     table->name = "cuda";
     table->level = level;
+    table->model = self.name;
     table->compute = compute;
     table->host = false;
     table->act_bytes = sizeof(T);

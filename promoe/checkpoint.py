@@ -153,7 +153,7 @@ def describe(model):
         "objective": getattr(model, "objective", RectifiedFlow()).to_dict(),
         "updates": int(model.step), "seed": int(model.seed),
         "rng": {"generator": "Philox4x32-10", "key": int(model.seed)},
-        "device": str(model.device), "level": backend_info()["level"],
+        "device": str(model.device), "level": getattr(model, "level", backend_info()["level"]),
         "compute": getattr(model, "compute", "fp32"),
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import promoe
-from promoe import checkpoint, doctor, report
+from promoe import _core, checkpoint, doctor, report
 from promoe.config import ASSIGNMENTS, BALANCE_POOLS, DENSITIES, GATES, ModelConfig, RectifiedFlow
 
 __all__ = ["main"]
@@ -206,19 +206,20 @@ def _sample_options(parser):
 # ---------------------------------------------------------------- commands
 
 
-def headline(config):
+def headline(config, device="cpu", compute="fp32"):
     """Device, threads, instruction set, parameters: the first line of every run."""
-    info = promoe.backend_info()
-    return (f"promoe {promoe.__version__}: {info['device']}, {promoe.get_num_threads()} threads, "
-            f"{info['level']}; {config.num_params:,} parameters, "
-            f"{config.num_active_params:,} active")
+    level, model = _core._device(device, compute)
+    where = f"{promoe.get_num_threads()} threads" if device == "cpu" else model
+    return (f"promoe {promoe.__version__}: {device}, {where}, {level}; "
+            f"{config.num_params:,} parameters, {config.num_active_params:,} active")
 
 
 def _start(arguments, config):
     """Set the threads and print the headline; on stderr when stdout is for JSON."""
     if arguments.threads is not None:
         promoe.set_num_threads(arguments.threads)
-    print(headline(config), file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    print(headline(config, arguments.device, arguments.compute),
+          file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
 
 def run_train(arguments):

@@ -6,12 +6,15 @@ import importlib.metadata
 import os
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 
+from promoe import _core
+
 __all__ = ["examine", "report"]
 
-VARIABLES = ("PROMOE_CPU", "PROMOE_NUM_THREADS", "OMP_NUM_THREADS")
+VARIABLES = ("PROMOE_CPU", "PROMOE_NUM_THREADS", "OMP_NUM_THREADS", "PROMOE_CUDA_GRAPHS", "CUDA_VISIBLE_DEVICES")
 EXTRAS = {  # distribution: (extra, what it is for)
     "Pillow": ("data", "image folders"),
     "matplotlib": ("viz", "figures"),
@@ -42,7 +45,7 @@ def examine():
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "memory": _memory(),
         "huge_pages": _huge_pages(),
-        "cuda": "not built: this version computes on the CPU",
+        "cuda": _cuda(),
     }
     for name, version in found["requires"].items():
         if version is None:
@@ -104,6 +107,19 @@ def _huge_pages():
         return "not known"
     return {"always": "always", "madvise": "where asked for (promoe asks)"}.get(
         setting, f"{setting}: large models run slower; set transparent_hugepage to madvise")
+
+
+def _cuda():
+    """Whether the CUDA backend was built, and if not why; which GPU it finds, and if none why."""
+    here = Path(__file__).parent
+    said = (here / "_cuda.txt").read_text().strip() if (here / "_cuda.txt").exists() else None
+    if not (here / "_cuda.so").exists():
+        return said or "not built: this promoe was built with PROMOE_CUDA=0 (see \"CUDA\" in the README)"
+    try:
+        level, model = _core._device("cuda", "fp32")
+    except ValueError as error:
+        return f"{said or 'built'}; no GPU: {str(error).removeprefix('Model: ')}"
+    return f"{said or 'built'}; {model}, {level}"
 
 
 def _self_test():

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from promoe import _core
+from promoe._core import DeviceArray
 from promoe.config import ModelConfig, RectifiedFlow
 
 __all__ = ["LossAndGrad", "Model", "Routing", "StepInfo", "memory_estimate"]
@@ -190,6 +191,12 @@ def _real(where, name, value, least=-math.inf, below=math.inf, above=-math.inf):
     return value
 
 
+def _strings(where, **values):
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{where}: {name} = {value!r}: a string is expected")
+
+
 # ---------------------------------------------------------------- the configuration in C's words
 
 
@@ -213,7 +220,7 @@ def _core_config(config, objective):
     }
 
 
-def memory_estimate(config, batch, training=True, compute="fp32"):
+def memory_estimate(config, batch, training=True, compute="fp32", device="cpu"):
     """Bytes that a model will take, computed without allocating them.
 
     Parameters
@@ -223,13 +230,13 @@ def memory_estimate(config, batch, training=True, compute="fp32"):
         Samples per call.
     training : bool
         With gradients, moments, EMA and all activations; else for `Model.forward`.
-    compute : str
-        As for `Model`.
+    compute, device : str
+        As for `Model`. A device has to be there, but takes nothing.
 
     Returns
     -------
     dict
-        Bytes of "parameters", "derived" (the same weights packed for the CPU), "gradients",
+        Bytes of "parameters", "derived" (the same weights packed for the CPU, or in bf16 for a GPU), "gradients",
         "moments", "ema", "activations", "scratch", and their "total".
 
     Notes
@@ -240,10 +247,9 @@ def memory_estimate(config, batch, training=True, compute="fp32"):
     if not isinstance(config, ModelConfig):
         raise TypeError(f"memory_estimate: config is a ModelConfig, not {type(config).__name__}")
     batch = _integer("memory_estimate", "batch", batch, 1)
-    if not isinstance(compute, str):
-        raise TypeError(f"memory_estimate: compute = {compute!r}: a string is expected")
+    _strings("memory_estimate", device=device, compute=compute)
     parts = _core._memory_estimate(_core_config(config, RectifiedFlow()), batch, bool(training),
-                                   compute)
+                                   device, compute)
     return {**parts, "total": sum(parts.values())}
 
 
@@ -259,11 +265,14 @@ class Model:
     seed : int
         Of the initial weights and of every draw of training (`accumulate`).
     device : str
-        "cpu".
+        "cpu", or "cuda": the first NVIDIA GPU that this process sees. A device that is not there is
+        an error that says why, never another device.
     compute : str
         What products multiply: "fp32"; "bf16": operands are rounded to bfloat16 and summed in
-        float32, on a CPU with AVX512_BF16; "bf16-emulated": the same results on any CPU, no faster
-        than "fp32". Weights, moments, activations and the router's products stay float32.
+        float32, on a GPU or a CPU with AVX512_BF16; "bf16-emulated": the same results on any CPU, no
+        faster than "fp32"; "tf32": operands are rounded to 11 bits, on a GPU. Weights, moments, the
+        residual stream and the router's products stay float32; so do the other activations, but on
+        a GPU in "bf16".
     objective : RectifiedFlow, optional
         What `accumulate` trains for.
 
@@ -302,9 +311,7 @@ class Model:
         objective = RectifiedFlow() if objective is None else objective
         if not isinstance(objective, RectifiedFlow):
             raise TypeError(f"Model: objective is a RectifiedFlow, not {type(objective).__name__}")
-        for name, value in (("device", device), ("compute", compute)):
-            if not isinstance(value, str):
-                raise TypeError(f"Model: {name} = {value!r}: a string is expected")
+        _strings("Model", device=device, compute=compute)
         self.config, self.objective = config, objective
         self.seed = _integer("Model", "seed", seed)
         self.device, self.compute = device, compute
@@ -319,6 +326,11 @@ class Model:
     def step(self) -> int:
         """Updates done."""
         return self._core.step
+
+    @property
+    def level(self) -> str:
+        """The instruction set of the CPU ("avx512"), or the architecture of the GPU ("sm_90")."""
+        return self._core.level
 
     @property
     def skipped(self) -> int:
@@ -642,10 +654,10 @@ class Model:
         self._core.accumulate(x0, y, _integer(where, "position", position, 0),
                               _real(where, "scale", scale, above=0, below=FLOAT32_MAX))
 
-    def gradients(self) -> NDArray[np.float32]:
+    def gradients(self) -> NDArray[np.float32] | DeviceArray:
         """The gradient slab itself: one flat array, live and writable.
 
-        Tensors lie at ``grad_index[name]``; what is between them is zero and has to stay zero.
+        On a GPU it is a `DeviceArray`, which PyTorch and CuPy take without a copy. Tensors lie at ``grad_index[name]``; what is between them is zero and has to stay zero.
         """
         return self._core.gradients()
 

@@ -5,6 +5,11 @@ Every op takes C-contiguous arrays of exactly the type that its docstring says, 
 plus those outputs, plus ``d<output>`` for the gradient of each output that has one, and returns a dict
 of ``d<input>``. An output or gradient that is passed by name is written (or added to) in place.
 
+With ``device="cuda"`` NumPy arrays are copied to the GPU and back. Arrays that are there already are used
+where they are: a `promoe.DeviceArray`, or what shows its memory by DLPack or ``__cuda_array_interface__`` (PyTorch,
+CuPy). Then what the op makes is a `promoe.DeviceArray`, which those libraries take without a copy. The type is
+exact here, too; with ``compute="bf16"`` activations on the GPU are bfloat16.
+
     >>> import numpy as np
     >>> from promoe import ops
     >>> x, weight = np.ones((4, 8), np.float32), np.ones((2, 8), np.float32)

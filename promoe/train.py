@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from promoe import backend_info, checkpoint, set_num_threads
+from promoe import checkpoint, set_num_threads
 from promoe.checkpoint import CheckpointError
 from promoe.config import ModelConfig, RectifiedFlow, TrainSettings, preset
 from promoe.data import batches, open_data
@@ -123,6 +123,7 @@ def train(config: ModelConfig | str, data: Any = "digits", *, out: str | os.Path
         step, state = start(folder, run)
         model = Model(config, seed=seed, device=device, compute=compute, objective=objective)
         if state is not None:
+            say_where(state[0], model, folder.path)
             checkpoint.restore(*state, folder.path, model=model)
         history = folder.log.cut(step)
         if step > steps:
@@ -196,9 +197,14 @@ def start(folder, run):
     if differ := differences(manifest, run):
         raise CheckpointError(f"{folder.path} is another run; it differs in {'; '.join(differ)}. "
                               f"Use the same values, or another folder")
-    level = backend_info()["level"]
-    if manifest["level"] != level:
-        warnings.warn(f"{folder.path} was trained with {manifest['level']} and goes on with {level}"
-                      f": its last bits will differ from those of an uninterrupted run",
-                      stacklevel=3)
     return manifest["step"], found
+
+
+def say_where(manifest, model, path):
+    """A warning when the run goes on where its bits will differ: another device or instruction set."""
+    before, now = ((f"{where['level']}" if where["device"] == "cpu" else
+                    f"{where['device']} ({where['level']})")
+                   for where in (manifest, {"device": model.device, "level": model.level}))
+    if before != now:
+        warnings.warn(f"{path} was trained with {before} and goes on with {now}: its last bits will "
+                      f"differ from those of an uninterrupted run", stacklevel=3)

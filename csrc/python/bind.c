@@ -3,8 +3,10 @@
 
 #include <limits.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "array.h"
 #include "errors.h"
 #include "place.h"
 #include "shape.h"
@@ -18,7 +20,11 @@ typedef struct {
     PyObject *values[2 * BIND_MOST_FIELDS]; /* NULL: not given, or None */
     bool none[2 * BIND_MOST_FIELDS];        /* given as None */
     PyObject *made[2 * BIND_MOST_FIELDS];   /* arrays made here; owned */
-    PyObject *where[2];                     /* device, compute; NULL: not given */
+    array_view views[2 * BIND_MOST_FIELDS]; /* of the values that are arrays */
+    void *mirrors[2 * BIND_MOST_FIELDS];    /* host copies of indices on a device; owned */
+    bool on_device;                         /* an argument is: so is what is made */
+    const pm_backend *backend;
+    PyObject *where[2]; /* device, compute; NULL: not given */
     bind_dims dims;
 } call;
 
@@ -83,6 +89,23 @@ static int type_num(bind_type type)
     }
 }
 
+/* Of the arrays of a device: activations there are what the backend computes with. */
+static array_type device_type(const pm_backend *backend, bind_type type)
+{
+    switch (type) {
+    case BIND_f64:
+        return ARRAY_F64;
+    case BIND_i32:
+        return ARRAY_I32;
+    case BIND_i64:
+        return ARRAY_I64;
+    case BIND_act:
+        return backend->act_bytes == 2 ? ARRAY_BF16 : ARRAY_F32;
+    default:
+        return ARRAY_F32;
+    }
+}
+
 static int64_t type_bytes(bind_type type) { return type == BIND_f64 || type == BIND_i64 ? 8 : 4; }
 
 const char *bind_type_name(bind_type type)
@@ -109,23 +132,41 @@ static const char *slot_name(const call *c, int i, char buffer[64])
 
 /* ---------------------------------------------------------------- shapes */
 
+/* "float32 (3, 4)": what was given. */
+static PyObject *given(const call *c, int slot)
+{
+    PyObject *value = c->values[slot];
+    if (PyArray_Check(value)) {
+        PyObject *shape = PyObject_GetAttrString(value, "shape");
+        PyObject *text =
+            shape ? PyUnicode_FromFormat("%S %S", PyArray_DESCR((PyArrayObject *)value), shape)
+                  : NULL;
+        Py_XDECREF(shape);
+        return text;
+    }
+    char shape[160] = "";
+    size_t used = 0;
+    for (int i = 0; i < c->views[slot].axes; i++)
+        used += (size_t)snprintf(shape + used, sizeof shape - used, "%s%lld", i ? ", " : "",
+                                 (long long)c->views[slot].shape[i]);
+    return PyUnicode_FromFormat("%s of shape (%s)", Py_TYPE(value)->tp_name, shape);
+}
+
 /* Raises "what was expected; what was given". */
 static int wrong_array(const call *c, int slot, PyObject *type, const char *problem)
 {
     char name[64], letters[96], numbers[160], origins[256];
     const bind_field *f = &c->op->fields[slot % c->op->count];
-    PyArrayObject *array = (PyArrayObject *)c->values[slot];
     shape_text(f->text, letters, sizeof letters);
     shape_values(f->text, &c->dims, numbers, sizeof numbers);
     shape_origins(f->text, &c->dims, origins, sizeof origins);
-    PyObject *shape = PyObject_GetAttrString((PyObject *)array, "shape");
-    if (shape)
-        PyErr_Format(type,
-                     "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S %S%s",
+    PyObject *what = given(c, slot);
+    if (what)
+        PyErr_Format(type, "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S%s",
                      FUNCTION(c), slot_name(c, slot, name),
                      bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), letters, numbers,
-                     origins, PyArray_DESCR(array), shape, problem);
-    Py_XDECREF(shape);
+                     origins, what, problem);
+    Py_XDECREF(what);
     return -1;
 }
 
@@ -133,7 +174,7 @@ static int wrong_array(const call *c, int slot, PyObject *type, const char *prob
 static int learn_dims(call *c, int slot, bool *learnt)
 {
     const bind_field *f = &c->op->fields[slot % c->op->count];
-    const npy_intp *shape = PyArray_DIMS((PyArrayObject *)c->values[slot]);
+    const int64_t *shape = c->views[slot].shape;
     const char *text = f->text;
     for (int i = 0; text; i++) {
         const axis a = axis_read(&text, &c->dims);
@@ -166,8 +207,7 @@ static int learn_all_dims(call *c)
 
 /* The shape of a field, every dim known. Refuses sizes that could overflow in any later product: 2^55
  * bytes, and the same with every zero counted as a one. */
-static int whole_shape(const call *c, const bind_field *f, npy_intp shape[BIND_MOST_AXES],
-                       int *axes)
+static int whole_shape(const call *c, const bind_field *f, int64_t shape[BIND_MOST_AXES], int *axes)
 {
     const char *text = f->text;
     int64_t bytes = type_bytes(f->type);
@@ -428,11 +468,37 @@ static void slot_access(const call *c, int slot, bool *reads, bool *writes)
     }
 }
 
+/* The gradient of an activation is one; all others are f32. */
+static bind_type slot_type(const call *c, int slot)
+{
+    const bind_type type = c->op->fields[slot % c->op->count].type;
+    return slot < c->op->count || type == BIND_act ? type : BIND_f32;
+}
+
+static void look_at(call *c, int slot, PyObject *value)
+{
+    PyArrayObject *const array = (PyArrayObject *)value;
+    array_view *const view = &c->views[slot];
+    *view = (array_view){.data = PyArray_DATA(array),
+                         .axes = PyArray_NDIM(array),
+                         .item = (size_t)PyArray_ITEMSIZE(array)};
+    for (int i = 0; i < view->axes && i < ARRAY_MOST_AXES; i++)
+        view->shape[i] = PyArray_DIM(array, i);
+}
+
 /* All that can be said of an array before the dims are known. */
-static int check_array(const call *c, int slot, bool writes)
+static int check_array(call *c, int slot, bool writes)
 {
     const bind_field *f = &c->op->fields[slot % c->op->count];
     PyObject *value = c->values[slot];
+    if (array_is_device(value)) {
+        char who[192], name[64];
+        snprintf(who, sizeof who, "%s_%s: %s", FUNCTION(c), slot_name(c, slot, name));
+        c->on_device = true;
+        return array_view_device(value, c->backend, who,
+                                 device_type(c->backend, slot_type(c, slot)), shape_axes(f->text),
+                                 writes, &c->views[slot]);
+    }
     if (!PyArray_CheckExact(value)) /* a subclass may mean something else, such as a mask */
         return wrong_type(c, slot, "a numpy.ndarray");
     PyArrayObject *array = (PyArrayObject *)value;
@@ -449,10 +515,41 @@ static int check_array(const call *c, int slot, bool writes)
         return wrong_array(c, slot, PyExc_ValueError, ", misaligned");
     if (writes && !PyArray_ISWRITEABLE(array))
         return wrong_array(c, slot, PyExc_ValueError, ", read-only");
+    look_at(c, slot, value);
     return 0;
 }
 
-static int check_arrays(const call *c, const char *args)
+/* What the op takes on trust is checked on the host (bind_facts): indices on a device are brought here
+ * for that. */
+static int mirror_indices(call *c)
+{
+    pm_ctx ctx = {.backend = c->backend};
+    pm_status status = PM_OK;
+    core_section section;
+    if (!c->on_device || !c->op->facts || !(c->op->facts->infer || c->op->facts->check))
+        return 0;
+    if (core_enter(&section, &ctx) < 0)
+        return -1;
+    for (int i = 0; i < c->op->count && status == PM_OK; i++) {
+        const array_view *const view = &c->views[i];
+        bool reads, writes;
+        slot_access(c, i, &reads, &writes);
+        if (!view->device || !reads || c->op->fields[i].type != BIND_i32 || !array_count(view))
+            continue;
+        c->mirrors[i] = malloc(array_bytes(view));
+        status =
+            c->mirrors[i]
+                ? ctx.backend->read(&ctx, c->mirrors[i], view->data, array_bytes(view))
+                : pm_fail(&ctx, PM_ENOMEM, "no memory for a copy of %s", c->op->fields[i].name);
+    }
+    core_leave(&section);
+    if (status == PM_OK)
+        return 0;
+    core_raise(&ctx, status);
+    return -1;
+}
+
+static int check_arrays(call *c, const char *args)
 {
     for (int i = 0; i < 2 * c->op->count; i++) {
         const bind_field *f = &c->op->fields[i % c->op->count];
@@ -473,15 +570,15 @@ static int check_arrays(const call *c, const char *args)
     return 0;
 }
 
-/* Writes the pointers that are known now into args and grads: to the arrays, or to where they are
- * instead. */
+/* Writes the pointers that are known now into args and grads: to what the host can look at, or to where
+ * the arrays are. */
 static void point(const call *c, const place *places, char *args, char *grads)
 {
     for (int i = 0; i < 2 * c->op->count; i++) {
         const bind_field *f = &c->op->fields[i % c->op->count];
         if (!c->values[i] || !bind_is_array(f))
             continue;
-        void *data = places ? places[i].at : PyArray_DATA((PyArrayObject *)c->values[i]);
+        void *data = places ? places[i].at : c->mirrors[i] ? c->mirrors[i] : c->views[i].data;
         if (i >= c->op->count)
             *(void **)(grads + f->grad_at) = data;
         else if (f->type == BIND_weight)
@@ -515,7 +612,7 @@ static int fix_dims(call *c, char *args)
         *(int64_t *)(args + f->at) = c->dims.value[*letter - 'A'];
     }
     for (int i = 0; i < c->op->count; i++) {
-        npy_intp shape[BIND_MOST_AXES];
+        int64_t shape[BIND_MOST_AXES];
         int axes;
         if (bind_is_array(&c->op->fields[i]) && whole_shape(c, &c->op->fields[i], shape, &axes) < 0)
             return -1;
@@ -523,8 +620,35 @@ static int fix_dims(call *c, char *args)
     return 0;
 }
 
-/* A new array for each output (or gradient) that was not given. */
-static int make_arrays(call *c, const char *args)
+static PyObject *make_host(call *c, int slot, int axes, const int64_t *shape)
+{
+    const bind_field *f = &c->op->fields[slot % c->op->count];
+    npy_intp lengths[BIND_MOST_AXES];
+    for (int i = 0; i < axes; i++)
+        lengths[i] = (npy_intp)shape[i];
+    PyObject *array =
+        PyArray_ZEROS(axes, lengths, slot < c->op->count ? type_num(f->type) : NPY_FLOAT32, 0);
+    if (array && bind_poison && f->grad != BIND_ADD)
+        memset(PyArray_DATA((PyArrayObject *)array), 0xff,
+               (size_t)PyArray_NBYTES((PyArrayObject *)array));
+    if (array)
+        look_at(c, slot, array);
+    return array;
+}
+
+static PyObject *make_device(call *c, PyObject *module, int slot, int axes, const int64_t *shape)
+{
+    const array_type type = device_type(c->backend, slot_type(c, slot));
+    PyObject *array = array_new_device(module, c->backend, type, axes, shape);
+    if (array) {
+        c->views[slot] = *array_view_of(array);
+        c->views[slot].keeps = NULL;
+    }
+    return array;
+}
+
+/* A new array for each output (or gradient) that was not given: on the device, when an argument is. */
+static int make_arrays(call *c, PyObject *module, const char *args)
 {
     for (int i = 0; i < 2 * c->op->count; i++) {
         const bind_field *f = &c->op->fields[i % c->op->count];
@@ -534,18 +658,15 @@ static int make_arrays(call *c, const char *args)
             continue;
         if (f->kind == BIND_INOPT || (i >= c->op->count && !c->values[i - c->op->count]))
             continue; /* absent; or the gradient of an input that is */
-        npy_intp shape[BIND_MOST_AXES];
+        int64_t shape[BIND_MOST_AXES];
         int axes;
         if (whole_shape(c, f, shape, &axes) < 0)
             return -1;
-        PyObject *array =
-            PyArray_ZEROS(axes, shape, i < c->op->count ? type_num(f->type) : NPY_FLOAT32, 0);
-        if (!array)
+        c->made[i] = c->on_device ? make_device(c, module, i, axes, shape)
+                                  : make_host(c, i, axes, shape);
+        if (!c->made[i])
             return -1;
-        c->values[i] = c->made[i] = array;
-        if (bind_poison && f->grad != BIND_ADD)
-            memset(PyArray_DATA((PyArrayObject *)array), 0xff,
-                   (size_t)PyArray_NBYTES((PyArrayObject *)array));
+        c->values[i] = c->made[i];
     }
     return 0;
 }
@@ -565,15 +686,13 @@ static int check_overlap(const call *c)
         slot_access(c, w, &reads, &writes);
         if (!writes || !c->values[w] || c->made[w])
             continue;
-        const char *from = PyArray_BYTES((PyArrayObject *)c->values[w]);
-        const char *to = from + PyArray_NBYTES((PyArrayObject *)c->values[w]);
+        const char *from = c->views[w].data, *to = from + array_bytes(&c->views[w]);
         for (int r = 0; r < 2 * c->op->count; r++) {
             char written[64], read[64];
             if (r == w || !c->values[r] || c->made[r] ||
                 !bind_is_array(&c->op->fields[r % c->op->count]))
                 continue;
-            const char *begin = PyArray_BYTES((PyArrayObject *)c->values[r]);
-            const char *end = begin + PyArray_NBYTES((PyArrayObject *)c->values[r]);
+            const char *begin = c->views[r].data, *end = begin + array_bytes(&c->views[r]);
             if (from == to || begin == end || end <= from || to <= begin)
                 continue;
             slot_name(c, w, written), slot_name(c, r, read);
@@ -677,21 +796,20 @@ static void list_places(const call *c, place *places)
         places[i] = (place){0};
         if (!c->values[i] || !bind_is_array(f))
             continue;
-        PyArrayObject *array = (PyArrayObject *)c->values[i];
+        const array_view *const view = &c->views[i];
         slot_access(c, i, &reads, &writes);
-        places[i] = (place){.data = PyArray_DATA(array),
-                            .count = PyArray_SIZE(array),
-                            .item = PyArray_ITEMSIZE(array),
+        places[i] = (place){.data = view->data,
+                            .count = array_count(view),
+                            .item = (int64_t)view->item,
                             .act = f->type == BIND_act,
-                            .writes = writes};
+                            .writes = writes,
+                            .device = view->device};
     }
 }
 
-static PyObject *run(PyObject *module, call *c, void *args, void *grads)
+static PyObject *run(call *c, void *args, void *grads)
 {
-    pm_ctx ctx = {.backend = backend_of(c, module)};
-    if (!ctx.backend)
-        return NULL;
+    pm_ctx ctx = {.backend = c->backend};
     const bind_facts *facts = c->op->facts;
     if (facts && facts->check) {
         const pm_status status = facts->check(&ctx, args, c->backward);
@@ -725,15 +843,19 @@ PyObject *bind_call(PyObject *module, const bind_op *op, bool backward, PyObject
     _Alignas(16) char args[BIND_ARGS_BYTES] = {0}, grads[BIND_GRADS_BYTES] = {0};
     PyObject *dict = NULL;
     if (read_arguments(&c, arguments, count, keywords) < 0 || read_scalars(&c, args) < 0 ||
-        check_arrays(&c, args) < 0)
+        !(c.backend = backend_of(&c, module)) || check_arrays(&c, args) < 0 ||
+        mirror_indices(&c) < 0)
         goto done;
     point(&c, NULL, args, grads);
-    if (fix_dims(&c, args) < 0 || check_overlap(&c) < 0 || make_arrays(&c, args) < 0)
+    if (fix_dims(&c, args) < 0 || check_overlap(&c) < 0 || make_arrays(&c, module, args) < 0)
         goto done;
     point(&c, NULL, args, grads);
-    dict = run(module, &c, args, grads);
+    dict = run(&c, args, grads);
 done:
-    for (int i = 0; i < 2 * op->count; i++)
+    for (int i = 0; i < 2 * op->count; i++) {
         Py_XDECREF(c.made[i]);
+        Py_XDECREF(c.views[i].keeps);
+        free(c.mirrors[i]);
+    }
     return dict;
 }

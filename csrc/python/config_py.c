@@ -182,19 +182,20 @@ static PyObject *config_index(PyObject *module, PyObject *dict)
 
 /* ---------------------------------------------------------------- memory */
 
-PyDoc_STRVAR(memory_doc, "_memory_estimate($module, config, batch, training, compute, /)\n--\n\n"
-                         "Bytes per part, before anything is allocated.");
+PyDoc_STRVAR(memory_doc,
+             "_memory_estimate($module, config, batch, training, device, compute, /)\n--\n\n"
+             "Bytes per part, before anything is allocated.");
 
 static PyObject *memory_estimate(PyObject *module, PyObject *args)
 {
     pm_config config;
     long long B;
-    const char *compute;
+    const char *device, *compute;
     PyObject *dict, *flag;
-    if (!PyArg_ParseTuple(args, "OLOs:_memory_estimate", &dict, &B, &flag, &compute) ||
+    if (!PyArg_ParseTuple(args, "OLOss:_memory_estimate", &dict, &B, &flag, &device, &compute) ||
         config_read(dict, &config) < 0)
         return NULL;
-    const pm_backend *backend = core_find_backend(module, "memory_estimate", "cpu", compute);
+    const pm_backend *backend = core_find_backend(module, "memory_estimate", device, compute);
     if (!backend)
         return NULL;
     const int training = PyObject_IsTrue(flag);

@@ -18,6 +18,7 @@ typedef struct {
     const pm_backend *backend;     /* chosen at import */
     const pm_backend *ops_backend; /* where ops run when nobody says; another one in tests */
     PyTypeObject *model_type;      /* promoe._core._Model */
+    PyTypeObject *array_type;      /* promoe._core.DeviceArray */
 } core_state;
 
 core_state *core_get_state(PyObject *module);

@@ -6,6 +6,7 @@
 #include <structmember.h>
 #include <string.h>
 
+#include "array.h"
 #include "config_py.h"
 #include "errors.h"
 
@@ -298,7 +299,7 @@ static PyObject *model_gradients(Model *self, PyObject *Py_UNUSED(none))
 {
     if (check_idle(self) < 0)
         return NULL;
-    if (!self->backend->host) {
+    if (!self->backend->host && !self->backend->adopt) {
         PyErr_Format(PyExc_RuntimeError, "gradients: the memory of device '%s' cannot be viewed",
                      self->backend->name);
         return NULL;
@@ -313,7 +314,11 @@ static PyObject *model_gradients(Model *self, PyObject *Py_UNUSED(none))
     end(self, &section);
     if (status != PM_OK)
         return core_raise(&ctx, status);
-    npy_intp count = (npy_intp)pm_slab_count(m, PM_SLAB_GRAD);
+    const int64_t slab = pm_slab_count(m, PM_SLAB_GRAD);
+    if (!self->backend->host)
+        return array_wrap_device(PyType_GetModule(Py_TYPE(self)), self->backend, ARRAY_F32, 1,
+                                 &slab, grad, self->owner);
+    npy_intp count = (npy_intp)slab;
     PyObject *view = PyArray_SimpleNewFromData(1, &count, NPY_FLOAT32, grad);
     if (view && PyArray_SetBaseObject((PyArrayObject *)view, Py_NewRef(self->owner)) < 0)
         Py_CLEAR(view);

@@ -8,6 +8,7 @@
 #include "../base/cpuid.h"
 #include "../base/os.h"
 #include "../base/threads.h"
+#include "array.h"
 #include "bind.h"
 #include "errors.h"
 
@@ -215,6 +216,20 @@ static PyObject *levels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
     return tuple;
 }
 
+PyDoc_STRVAR(device_doc, "_device($module, device, compute, /)\n--\n\n"
+                         "(level, model) of a device; a ValueError says why there is none.");
+
+static PyObject *device(PyObject *module, PyObject *args)
+{
+    const char *name, *compute;
+    if (!PyArg_ParseTuple(args, "ss:_device", &name, &compute))
+        return NULL;
+    const pm_backend *backend = core_find_backend(module, "Model", name, compute);
+    return backend ? Py_BuildValue("ss", backend->level,
+                                   backend->model ? backend->model : pm_cpu_model())
+                   : NULL;
+}
+
 /* ---------------------------------------------------------------- for tests */
 
 static PyObject *fail_allocation(PyObject *Py_UNUSED(module), PyObject *value)
@@ -258,6 +273,7 @@ static PyMethodDef functions[] = {
     {"set_num_threads", set_num_threads, METH_O, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"backend_info", backend_info, METH_NOARGS, backend_info_doc},
+    {"_device", device, METH_VARARGS, device_doc},
     {"levels", levels, METH_NOARGS, levels_doc},
     {"_fail_allocation", fail_allocation, METH_O,
      "_fail_allocation($module, nth, /)\n--\n\nFor tests: the nth allocation from now fails; 0 "
@@ -285,7 +301,7 @@ static int core_exec(PyObject *module)
         return -1;
     }
     state->ops_backend = state->backend;
-    if (ops_py_register(module) < 0)
+    if (array_register(module) < 0 || ops_py_register(module) < 0)
         return -1;
     return model_py_register(module);
 }
@@ -294,6 +310,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
 {
     core_state *state = PyModule_GetState(module);
     Py_VISIT(state->model_type);
+    Py_VISIT(state->array_type);
     return 0;
 }
 
@@ -301,6 +318,7 @@ static int core_clear(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
     Py_CLEAR(state->model_type);
+    Py_CLEAR(state->array_type);
     return 0;
 }
 

@@ -21,14 +21,13 @@ static float from_bf16(uint16_t half)
     return x;
 }
 
-/* Between an array of activations and the backend's bf16, in pieces. */
-static pm_status move_bf16(pm_ctx *ctx, const place *p, bool back)
+/* Between floats and the backend's bf16, in pieces. */
+static pm_status move_bf16(pm_ctx *ctx, uint16_t *there, float *array, int64_t count, bool back)
 {
     enum { PIECE = 4096 };
-    uint16_t piece[PIECE], *const there = p->at;
-    float *const array = p->data;
-    for (int64_t at = 0; at < p->count; at += PIECE) {
-        const int64_t n = p->count - at < PIECE ? p->count - at : PIECE;
+    uint16_t piece[PIECE];
+    for (int64_t at = 0; at < count; at += PIECE) {
+        const int64_t n = count - at < PIECE ? count - at : PIECE;
         if (back)
             PM_TRY(ctx->backend->read(ctx, piece, there + at, (size_t)n * sizeof *piece));
         for (int64_t i = 0; i < n; i++)
@@ -42,14 +41,22 @@ static pm_status move_bf16(pm_ctx *ctx, const place *p, bool back)
     return PM_OK;
 }
 
+pm_status place_move(pm_ctx *ctx, void *at, void *data, int64_t count, size_t item, bool bf16,
+                     bool back)
+{
+    const size_t bytes = (size_t)count * item;
+    if (bf16)
+        return move_bf16(ctx, at, data, count, back);
+    if (!bytes)
+        return PM_OK;
+    return back ? ctx->backend->read(ctx, data, at, bytes)
+                : ctx->backend->write(ctx, at, data, bytes);
+}
+
 static pm_status move(pm_ctx *ctx, const place *p, bool back)
 {
-    if (p->act && ctx->backend->act_bytes == sizeof(uint16_t))
-        return move_bf16(ctx, p, back);
-    if (!p->bytes)
-        return PM_OK;
-    return back ? ctx->backend->read(ctx, p->data, p->at, p->bytes)
-                : ctx->backend->write(ctx, p->at, p->data, p->bytes);
+    return place_move(ctx, p->at, p->data, p->count, (size_t)p->item,
+                      p->act && ctx->backend->act_bytes == sizeof(uint16_t), back);
 }
 
 static size_t at_least_one(size_t bytes) { return bytes ? bytes : 1; }
@@ -60,10 +67,10 @@ pm_status place_arrays(pm_ctx *ctx, place *places, int n)
         if (!p->data)
             continue;
         p->bytes = (size_t)(p->count * (p->act ? (int64_t)ctx->backend->act_bytes : p->item));
-        if (ctx->backend->host)
+        if (ctx->backend->host || p->device)
             p->at = p->data;
         for (const place *q = places; q < p && !p->at; q++)
-            if (q->data == p->data && q->bytes == p->bytes && q->act == p->act)
+            if (!q->device && q->data == p->data && q->bytes == p->bytes && q->act == p->act)
                 p->at = q->at;
         if (p->at)
             continue;
@@ -79,7 +86,7 @@ pm_status place_arrays(pm_ctx *ctx, place *places, int n)
 pm_status place_fetch(pm_ctx *ctx, const place *places, int n)
 {
     for (const place *p = places; p < places + n && !ctx->backend->host; p++)
-        if (p->writes && p->at)
+        if (p->writes && p->at && !p->device)
             PM_TRY(move(ctx, p, true));
     return PM_OK;
 }
