@@ -152,11 +152,12 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, void *nodes, size_t *count); //
 // For tests, by name: pm_host_set("order", "reverse"). The environment's PM_HOST, words like
 // order=reverse, is read when the library is loaded. False: no such setting or value.
 //   order=forward|reverse|shuffled  seed=N  arch=80|90  timeout=SECONDS  fail_allocation=N
+//   fail_capture=0|1 (the next one)
 //   heuristic=none|plain|all (of cuBLASLt's; plain: no epilogues)  eager=0|1
 __attribute__((visibility("default"))) bool pm_host_set(const char *name, const char *value);
 // Forgets a fault, as a new process would.
 __attribute__((visibility("default"))) void pm_host_reset();
-// How many kernels ran, and of what: null for all.
+// How many kernels ran, and of what: null for all. "cudaGraphLaunch": how many graphs.
 __attribute__((visibility("default"))) long pm_host_launches(const char *name);
 }
 

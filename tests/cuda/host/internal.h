@@ -15,6 +15,7 @@ struct Settings {
     int arch = 90;           // 80: 163 KiB of shared memory per block; 90: 227 KiB
     double timeout = 300;    // seconds for one launch
     long fail_allocation = 0; // the n-th allocation from now fails (counted down), 0: none
+    bool fail_capture = false; // the next cudaStreamEndCapture fails
     int heuristic = 2;       // cublasLtMatmulAlgoGetHeuristic offers 0: nothing, 1: products without
                              // an epilogue, 2: everything
     bool eager = false;      // true: streams run at once, not at the next synchronisation

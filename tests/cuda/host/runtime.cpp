@@ -210,6 +210,7 @@ static bool in_pinned(const void *p)
 
 // ------------------------------------------------------------------ launches
 static std::map<std::string, long> launches;
+static long graph_launches;
 
 void count_launch(const char *name)
 {
@@ -948,6 +949,8 @@ extern "C" cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *gr
                      "cudaStreamEndCapture: the capture was not begun in this stream");
     const std::vector<bool> joined = ancestors(g, s->after);
     const bool all = std::count(joined.begin(), joined.end(), true) == (long)joined.size();
+    if (settings.fail_capture)
+        g->broken = true, settings.fail_capture = false;
     for (pm_host_stream *o : g->streams)
         o->capture = nullptr;
     for (pm_host_event *e : events)
@@ -1007,6 +1010,7 @@ extern "C" cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream
     if (!executables.count(exec))
         return wrong(cudaErrorInvalidValue, "cudaGraphLaunch: no such executable graph");
     auto nodes = std::make_shared<std::vector<pm_host_node>>(exec->nodes);
+    graph_launches++;
     if (!submit(stream, [nodes] { run_graph(*nodes); }))
         return result(cudaErrorInvalidResourceHandle);
     return result(cudaSuccess);
@@ -1058,6 +1062,8 @@ extern "C" bool pm_host_set(const char *name, const char *value)
         settings.timeout = atof(value);
     else if (n == "fail_allocation")
         settings.fail_allocation = atol(value);
+    else if (n == "fail_capture" && (v == "0" || v == "1"))
+        settings.fail_capture = v == "1";
     else if (n == "heuristic" && (v == "none" || v == "plain" || v == "all"))
         settings.heuristic = v == "none" ? 0 : v == "plain" ? 1 : 2;
     else if (n == "eager" && (v == "0" || v == "1"))
@@ -1071,6 +1077,8 @@ extern "C" long pm_host_launches(const char *name)
 {
     LOCK;
     long count = 0;
+    if (name && !strcmp(name, "cudaGraphLaunch"))
+        return graph_launches;
     for (auto &l : launches)
         if (!name || l.first == name)
             count += l.second;
