@@ -29,6 +29,7 @@ DIGITS = promoe.ModelConfig(
 MICRO = promoe.ModelConfig(  # odd in every way, for runs that have to be short
     input_size=4, patch_size=2, in_channels=2, hidden_size=12, depth=2, num_heads=2, num_classes=3, num_routed_experts=3,
     top_k=1, learn_sigma=False)
+TINY = MICRO.replace(input_size=8, in_channels=1, num_classes=10)  # of digits
 
 
 # ---------------------------------------------------------------- the public code's answers
@@ -128,7 +129,7 @@ def test_training_in_bf16_is_close():
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_two_runs_have_the_same_bits(compute):
-    runs = [train_digits(DEVICE, compute, steps=4, config=SMALL.replace(in_channels=1)) for _ in range(2)]
+    runs = [train_digits(DEVICE, compute, steps=4, config=TINY) for _ in range(2)]
     assert runs[0][0].tobytes() == runs[1][0].tobytes()
     assert state(runs[0][1]) == state(runs[1][1])
 
@@ -149,7 +150,8 @@ def test_a_skipped_update_changes_nothing():
     model.accumulate(x, y, 0)
     model.update(lr=1e-3)
     before = state(model)
-    model.accumulate(x, y, 5, scale=1e38)  # overflows
+    for _ in range(2):
+        model.accumulate(x, y, 5, scale=3e38)  # overflows
     info = model.update(lr=1e-3)
     assert info.skipped and not np.isfinite(info.grad_norm) and model.skipped == 1
     assert state(model) == before
@@ -188,7 +190,7 @@ def test_accumulated_losses_and_gradients_of_forward_calls_add_up():
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
                          ids=["copy", "deepcopy", "pickle"])
 def test_copies(duplicate):
-    _, model = train_digits(DEVICE, "bf16", steps=2, config=MICRO.replace(input_size=8, in_channels=1))
+    _, model = train_digits(DEVICE, "bf16", steps=2, config=TINY)
     twin = duplicate(model)
     assert (twin.device, twin.compute, twin.step) == (DEVICE, "bf16", 2)
     assert state(twin) == state(model)
@@ -196,7 +198,7 @@ def test_copies(duplicate):
 
 
 def test_save_and_load_across_devices(tmp_path):
-    _, model = train_digits(DEVICE, steps=2, config=MICRO.replace(input_size=8, in_channels=1))
+    _, model = train_digits(DEVICE, steps=2, config=TINY)
     promoe.save(model, tmp_path / "m.safetensors")
     for device in (DEVICE, "cpu"):
         other = promoe.load(tmp_path / "m.safetensors", device=device)
@@ -232,7 +234,7 @@ def test_samples_are_those_of_the_cpu(arguments):
 
 
 def test_sampling_in_bf16_with_a_callback_and_its_averages():
-    _, model = train_digits(DEVICE, "bf16", steps=2, config=MICRO.replace(input_size=8, in_channels=1))
+    _, model = train_digits(DEVICE, "bf16", steps=2, config=TINY)
     seen = []
     x = model.sample([0, 1, 2], steps=3, cfg=1.5, callback=lambda i, latents: seen.append((i, latents.copy())))
     assert [i for i, _ in seen] == [1, 2, 3] and np.array_equal(seen[-1][1], x)
@@ -367,23 +369,26 @@ def test_every_allocation_fails_once(compute):
             else:
                 break
     assert 3 < nth < 19
-    model, failures = small_model(config=MICRO, device=DEVICE, compute=compute), 0
-    got = []
-    for name in STAGES:
-        for nth in range(1, 20):
-            before = state(model)
-            with failing(nth):
+    failures = set()
+    for nth in range(1, 30):  # using it: whatever fails, what follows goes on as if it had not
+        model, got, failed = small_model(config=MICRO, device=DEVICE, compute=compute), [], False
+        with failing(nth):
+            for name in STAGES:
+                before = state(model)
                 try:
                     got += do(model, data, name)
                 except MemoryError as error:
-                    failures += 1
-                    assert "no memory for" in str(error) and "MB of GPU memory were asked for" in str(error)
-                    assert state(model) == before  # and it goes on
-                else:
-                    break
-        assert nth < 19
-    assert failures >= 6  # gradients, activations, two moments, EMA, ...
-    assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True)) and state(model) == after
+                    failed = True
+                    assert "MB of GPU memory were asked for, and" in str(error) and "are free" in str(error)
+                    failures.add(str(error).split(":")[0])
+                    assert state(model) == before
+                    got += do(model, data, name)
+        assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True)) and state(model) == after
+        if not failed:
+            break
+    assert failures == {f"no memory for {what}" for what in (
+        "the gradients", "activations", "the first moments", "the second moments", "the EMA of the parameters",
+        "the gradients of this call", *["the packed EMA weights"] * (compute == "bf16"))}
 
 
 @pytest.mark.skipif(not on_the_stand_in(), reason="by the stand-in of the runtime")
@@ -400,11 +405,12 @@ def test_a_device_that_does_not_open_is_opened_later():
             "    except MemoryError as error: print(nth, 'array', error); break\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 5, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     for words, line in zip(("cudaHostAlloc: out of memory", "cudaHostAlloc: out of memory", "cudaMalloc: out of memory",
-                            "no 33554432 bytes of GPU memory for cuBLASLt: out of memory"), lines):
+                            "cublasLtCreate: CUBLAS_STATUS_ALLOC_FAILED",
+                            "no 33554432 bytes of GPU memory for cuBLASLt: out of memory", "6 array"), lines, strict=True):
         assert words in line
-    assert "5 array" in lines[-1] and "are free" in lines[-1]
+    assert "are free" in lines[-1]
 
 
 def test_where_there_is_no_such_compute():

@@ -214,8 +214,16 @@ template <int K> static void mma(const char *name, void *const operand[32])
     }
 }
 
-static void mma_bf16(void *const o[32], uint32_t, const char *, int) { mma<16>("mma_m16n8k16", o); }
-static void mma_tf32(void *const o[32], uint32_t, const char *, int) { mma<8>("mma_m16n8k8_tf32", o); }
+static void mma_bf16(void *const o[32], uint32_t, const char *, int)
+{
+    count_operations(2.0 * 16 * 8 * 16);
+    mma<16>("mma_m16n8k16", o);
+}
+static void mma_tf32(void *const o[32], uint32_t, const char *, int)
+{
+    count_operations(2.0 * 16 * 8 * 8);
+    mma<8>("mma_m16n8k8_tf32", o);
+}
 const Collective MMA_BF16 = {"mma_m16n8k16", mma_bf16, true};
 const Collective MMA_TF32 = {"mma_m16n8k8_tf32", mma_tf32, true};
 

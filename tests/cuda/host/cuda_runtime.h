@@ -152,9 +152,13 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, void *nodes, size_t *count); //
 // For tests, by name: pm_host_set("order", "reverse"). The environment's PM_HOST, words like
 // order=reverse, is read when the library is loaded. False: no such setting or value.
 //   order=forward|reverse|shuffled  seed=N  arch=80|90  timeout=SECONDS  fail_allocation=N
-//   fail_capture=0|1 (the next one)
+//   fail_capture=0|1 (the next one)  count=0|1 (pm_host_moved)
 //   heuristic=none|plain|all (of cuBLASLt's; plain: no epilogues)  eager=0|1
 __attribute__((visibility("default"))) bool pm_host_set(const char *name, const char *value);
+// What was moved while "count" was 1, a line per kernel: name, launches, bytes of device memory read and
+// written, bytes read and written with every 32-byte sector counted once a launch, operations of tensor
+// cores, separated by tabs. Race build only; else empty. Forgotten when it was told.
+__attribute__((visibility("default"))) const char *pm_host_moved();
 // Forgets a fault, as a new process would.
 __attribute__((visibility("default"))) void pm_host_reset();
 // How many kernels ran, and of what: null for all. "cudaGraphLaunch": how many graphs.

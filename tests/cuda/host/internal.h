@@ -18,6 +18,7 @@ struct Settings {
     bool fail_capture = false; // the next cudaStreamEndCapture fails
     int heuristic = 2;       // cublasLtMatmulAlgoGetHeuristic offers 0: nothing, 1: products without
                              // an epilogue, 2: everything
+    bool count = false; // race build: count what kernels move instead of watching for races
     bool eager = false;      // true: streams run at once, not at the next synchronisation
 };
 extern Settings settings;
@@ -65,6 +66,15 @@ extern int self_index;                        // thread of the block that runs; 
 // Device memory (runtime.cpp).
 bool in_device(const void *p, size_t bytes); // within one allocation
 std::string describe_device(const void *p);  // "device memory + 8 bytes (of 256)"; empty when it is none
+
+// For pm_host_moved: operations of products by tensor cores, and what cuBLASLt moves (race build only).
+#ifdef PM_HOST_RACE
+void count_operations(double operations);
+void count_product(const char *name, double read, double write, double operations);
+#else
+inline void count_operations(double) {}
+inline void count_product(const char *, double, double, double) {}
+#endif
 
 #ifdef PM_HOST_RACE
 void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes);

@@ -206,12 +206,94 @@ static void outside(const char *p, size_t bytes, bool write)
          shared_shadow.has(p) ? "shared memory of this kernel" : "an allocation of device memory");
 }
 
+// ------------------------------------------------------------------ what is moved (pm_host_moved)
+struct Moved {
+    long launches;
+    double read, write, read_once, write_once, operations;
+};
+static std::map<std::string, Moved> moved;
+static Moved *counting; // of the kernel that runs
+constexpr size_t SECTOR = 32;
+// A bit per sector of the arena: touched by this launch.
+struct Touched {
+    std::vector<uint64_t> bits;
+    std::vector<size_t> words; // that are not 0
+
+    double touch(size_t from, size_t bytes)
+    {
+        double fresh = 0;
+        if (bits.empty())
+            bits.resize(ARENA / SECTOR / 64);
+        for (size_t s = from / SECTOR; s <= (from + bytes - 1) / SECTOR; s++) {
+            uint64_t &word = bits[s / 64];
+            const uint64_t bit = (uint64_t)1 << s % 64;
+            if (word & bit)
+                continue;
+            if (!word)
+                words.push_back(s / 64);
+            word |= bit;
+            fresh += SECTOR;
+        }
+        return fresh;
+    }
+    void clear()
+    {
+        for (size_t w : words)
+            bits[w] = 0;
+        words.clear();
+    }
+};
+static Touched sectors_read, sectors_written;
+
+static void count_access(const char *p, size_t bytes, Kind kind)
+{
+    if (!counting || !device_shadow.has(p) || bytes == 0)
+        return;
+    const size_t at = (size_t)(p - device_shadow.begin);
+    if (kind != Kind::WRITE) {
+        counting->read += (double)bytes;
+        counting->read_once += sectors_read.touch(at, bytes);
+    }
+    if (kind != Kind::READ) {
+        counting->write += (double)bytes;
+        counting->write_once += sectors_written.touch(at, bytes);
+    }
+}
+
+void count_operations(double operations)
+{
+    if (counting)
+        counting->operations += operations;
+}
+
+void count_product(const char *name, double read, double write, double operations)
+{
+    if (!settings.count)
+        return;
+    Moved &m = moved[name];
+    m.launches++;
+    m.read += read, m.read_once += read;
+    m.write += write, m.write_once += write;
+    m.operations += operations;
+}
+
+static void count_launch_of(const Kernel &kernel)
+{
+    counting = settings.count ? &moved[kernel.symbols->name] : nullptr;
+    if (!counting)
+        return;
+    counting->launches++;
+    sectors_read.clear(), sectors_written.clear();
+}
+
 static void access(const char *p, size_t bytes, Kind kind, uint32_t place)
 {
     const bool write = kind != Kind::READ;
     const bool shared = shared_shadow.has(p);
     if (!shared && !device_shadow.has(p))
         return;
+    if (settings.count)
+        return count_access(p, bytes, kind);
     if (self_index < 0) {
         if (!shared)
             fail("host code (%s) touches device memory at %p", place_name(place).c_str(), (void *)p);
@@ -273,6 +355,7 @@ void race_atomic(const void *p, size_t bytes, const void *pc)
 void race_launch(const Kernel &kernel, char *shared, size_t shared_bytes)
 {
     shared_shadow.cover(shared, shared_bytes);
+    count_launch_of(kernel);
     if (epoch > MOST_EPOCHS / 2) {
         shared_shadow.forget();
         device_shadow.forget();
@@ -316,6 +399,21 @@ void race_collective(int warp, uint32_t lanes)
 }
 
 } // namespace pm_host
+
+extern "C" const char *pm_host_moved()
+{
+    static std::string text;
+    text.clear();
+    for (const auto &[name, m] : pm_host::moved) {
+        char line[256];
+        snprintf(line, sizeof line, "\t%ld\t%.0f\t%.0f\t%.0f\t%.0f\t%.0f\n", m.launches, m.read,
+                 m.write, m.read_once, m.write_once, m.operations);
+        text += name + line;
+    }
+    pm_host::moved.clear();
+    pm_host::counting = nullptr;
+    return text.c_str();
+}
 
 // ------------------------------------------------------------------ what the compiler calls
 #define ACCESS(name, bytes, kind)                                                                  \

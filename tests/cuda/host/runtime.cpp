@@ -1066,12 +1066,18 @@ extern "C" bool pm_host_set(const char *name, const char *value)
         settings.fail_capture = v == "1";
     else if (n == "heuristic" && (v == "none" || v == "plain" || v == "all"))
         settings.heuristic = v == "none" ? 0 : v == "plain" ? 1 : 2;
+    else if (n == "count" && (v == "0" || v == "1"))
+        settings.count = v == "1";
     else if (n == "eager" && (v == "0" || v == "1"))
         settings.eager = v == "1";
     else
         return false;
     return true;
 }
+
+#ifndef PM_HOST_RACE
+extern "C" const char *pm_host_moved() { return ""; }
+#endif
 
 extern "C" long pm_host_launches(const char *name)
 {
