@@ -39,6 +39,11 @@ test-cuda: build
 	PROMOE_TEST_DEVICE=cuda-on-cpu $(PY) -m pytest -q tests/ops tests/binding/test_contract.py $(PYTEST)
 	$(PY) -m pytest -q tests/cuda $(PYTEST)
 
+# On a machine with an NVIDIA GPU, after make build-cuda: each works for 8 minutes at most, goes on where the last call ended,
+# and writes one file of benchmarks/results/. GPU="--official PATH" measures the public code, too.
+gpu-test gpu-sanitize gpu-bench: build
+	$(PY) -m benchmarks.gpu $(@:gpu-%=%) $(GPU)
+
 # Trains a small ProMoE on handwritten digits and judges its samples: runs/demo. A run that was stopped is
 # continued; after a finished one the pictures and figures are made anew (rm -r runs/demo to train again).
 BEGAN := $(shell date +%s)

@@ -614,6 +614,11 @@ extern "C" cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmul
     const size_t used = workspace ? algorithm ? algorithm->data[WORKSPACE] : workspace_bytes : 0;
     const bool submitted = submit(stream, [=] {
         count_launch("cublasLtMatmul");
+        const double aux = uses_aux(p.o.epilogue) ? (double)p.d.bytes() : 0; // about: read or written
+        count_product("cublasLtMatmul",
+                      (double)(p.a.bytes() + p.b.bytes() + (p.beta != 0 ? p.c.bytes() : 0)),
+                      (double)p.d.bytes() + aux,
+                      2.0 * (double)p.s.m * (double)p.s.n * (double)p.s.k * p.d.l.batch);
         if (used)
             memset(workspace, 0xff, used); // scratch: nobody keeps anything there
         for (int i = 0; i < p.d.l.batch; i++)

@@ -400,7 +400,7 @@ void race_collective(int warp, uint32_t lanes)
 
 } // namespace pm_host
 
-extern "C" const char *pm_host_moved()
+extern "C" __attribute__((visibility("default"))) const char *pm_host_moved()
 {
     static std::string text;
     text.clear();
