@@ -64,7 +64,7 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
         for (int i = 0; i < m; i++) {                                                              \
             r[i] = a + i * lda;                                                                    \
             for (int j = 0; j < n; j++)                                                            \
-                t[i][j] = add ? v_load(c + i * ldc + j * PM_WIDTH) : v_zero();                     \
+                t[i][j] = v_zero();                                                                \
         }                                                                                          \
         int64_t kk = 0;                                                                            \
         for (; kk + 4 <= k; kk += 4) {                                                             \
@@ -77,9 +77,9 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
         for (; kk < k; kk++, b += ldb)                                                             \
             ATTENTION_STEP(m, n, kk)                                                               \
         _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++)                                                                \
+        for (int i = 0; i < m; i++, c += ldc)                                                      \
             for (int j = 0; j < n; j++)                                                            \
-                v_store(c + i * ldc + j * PM_WIDTH, t[i][j]);                                      \
+                v_store(c + j * PM_WIDTH, add ? v_load(c + j * PM_WIDTH) + t[i][j] : t[i][j]);     \
     }
 #define ATTENTION_STEP(m, n, at)                                                                   \
     {                                                                                              \
