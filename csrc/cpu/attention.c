@@ -142,9 +142,8 @@ static void attention_copy(int64_t rows, int64_t K, const float *x, int64_t ldx,
     }
 }
 
-/* out[j][i] = factor[j] * x[i][j], i < n, j < k; no factor is 1. Vectors past n: `padded` says that
- * they are stored whole, zeros behind; or else nothing behind n is touched. x may be read past k if
- * it is padded to whole vectors and factor is given. */
+/* out[j][i] = factor[j] * x[i][j], i < n, j < k; no factor is 1. padded: whole vectors are stored,
+ * zeros behind n; or else nothing behind it is touched. */
 static void attention_transpose(int64_t n, int64_t k, const float *x, int64_t ldx,
                                 const float *factor, float *out, int64_t ldo, bool padded)
 {
