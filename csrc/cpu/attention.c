@@ -1,237 +1,269 @@
 /* attention: contract in ops/attention.h.
  *
- * A task is one head of one image: its K and V, packed, stay in L2 and the scores of a few query
- * rows in L1, so the [T, T] matrix never exists. Whole rows of scores fit, so softmax needs no
- * online rescaling: maximum, then exponentials and their sum. Every product runs on register tiles
- * like those of product.h, over panels of 2 vectors; the last panel has 1 where that is enough, as
- * for K = 72. */
-
-/* ---------------------------------------------------------------- tiles
+ * A task is one head of one image. It works on scores transposed: s[t][i] = k_t . q_i for all T keys
+ * and a panel of queries, PM_NR of them side by side, so the [T, T] matrix never exists and nothing
+ * is ever summed across lanes. Whole columns of scores fit (32 KiB at T = 256), so softmax needs no
+ * online rescaling: maximum, then exponentials and their sum. And they are already the operands
+ * that the next products need: every product here is
  *
- * As product_tile, for what attention needs beside it:
- *   attention_tile_rows    panels of 1 vector, left rows by pointer
- *   attention_tile_cols    panels of 1 or 2 vectors, the left operand transposed: c[i] += sum over
- *                          kk of a[kk*lda + i] * panel[kk]; dk and dv contract over query rows */
+ *   c[i] (+)= sum over kk of a[i][kk] * b[kk]     rows of a are broadcast, rows of b are vectors
+ *
+ * Floating-point operations: 4 T T K a head forward, 10 T T K backward; bytes: 4 T K numbers
+ * forward, 8 T K backward, fetched into L2 while the head before is worked on. */
 
-#define ATTENTION_TILE(m)                                                                          \
-    static void attention_tile_rows_##m(int64_t k, const float *const *a, const float *panel,      \
-                                        float *c, int64_t ldc)                                     \
+/* ---------------------------------------------------------------- fetching ahead
+ *
+ * Rows of qkv lie pages apart, where the hardware does not prefetch, and a head is as many bytes as
+ * a tenth of its products take to come from memory. So the tiles below fetch what the worker's next
+ * head reads and writes: one line per 4 steps, a column of lines of a piece at a time. */
+
+typedef struct {
+    const float *at; /* [rows], at distance ld */
+    int64_t ld;
+} attention_piece;
+
+#define ATTENTION_PIECES 7 /* q, k, v, dy; dq, dk, dv */
+
+typedef struct {
+    attention_piece piece[ATTENTION_PIECES];
+    int64_t pieces, rows, bytes; /* of pieces; each; of a row */
+    int64_t now, row, offset;    /* where it is */
+} attention_ahead;
+
+/* Where to fetch so many lines from, at distance *step. */
+static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int64_t *step)
+{
+    if (f->now == f->pieces) { /* done: what is there already */
+        *step = 0;
+        return (const char *)f;
+    }
+    const attention_piece *piece = &f->piece[f->now];
+    *step = piece->ld * (int64_t)sizeof(float);
+    const char *at = (const char *)piece->at + f->offset + f->row * *step;
+    f->row += lines;
+    if (f->row >= f->rows) {
+        f->row = 0;
+        f->offset += 64;
+        if (f->offset >= f->bytes)
+            f->offset = 0, f->now++;
+    }
+    return at;
+}
+
+/* ---------------------------------------------------------------- products */
+
+/* A tile: m rows of 1 or 2 vectors, accumulators in registers over the whole of k. */
+#define ATTENTION_TILE(m, n)                                                                       \
+    static void attention_tile_##m##x##n(int64_t k, const float *a, int64_t lda, const float *b,   \
+                                         int64_t ldb, float *c, int64_t ldc, bool add,             \
+                                         const char *ahead, int64_t step)                          \
     {                                                                                              \
-        vf t[m];                                                                                   \
+        vf t[m][n];                                                                                \
         const float *r[m];                                                                         \
         _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++)                                                                \
-            r[i] = a[i], t[i] = v_zero();                                                          \
-        for (int64_t kk = 0; kk < k; kk++) {                                                       \
-            vf b = v_load(panel + kk * PM_WIDTH);                                                  \
-            _Pragma("GCC unroll 16")                                                               \
-            for (int i = 0; i < m; i++)                                                            \
-                t[i] = v_fma(v_set(r[i][kk]), b, t[i]);                                            \
+        for (int i = 0; i < m; i++) {                                                              \
+            r[i] = a + i * lda;                                                                    \
+            for (int j = 0; j < n; j++)                                                            \
+                t[i][j] = v_zero();                                                                \
         }                                                                                          \
-        _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++)                                                                \
-            v_store(c + i * ldc, t[i]);                                                            \
-    }                                                                                              \
-    static void attention_tile_cols1_##m(int64_t k, const float *a, int64_t lda,                   \
-                                         const float *panel, float *c, int64_t ldc)                \
-    {                                                                                              \
-        vf t[m];                                                                                   \
-        _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++)                                                                \
-            t[i] = v_load(c + i * ldc);                                                            \
-        for (int64_t kk = 0; kk < k; kk++, a += lda) {                                             \
-            vf b = v_load(panel + kk * PM_WIDTH);                                                  \
-            _Pragma("GCC unroll 16")                                                               \
-            for (int i = 0; i < m; i++)                                                            \
-                t[i] = v_fma(v_set(a[i]), b, t[i]);                                                \
+        int64_t kk = 0;                                                                            \
+        for (; kk + 4 <= k; kk += 4) {                                                             \
+            __builtin_prefetch(ahead, 0, 2);                                                       \
+            ahead += step;                                                                         \
+            _Pragma("GCC unroll 4")                                                                \
+            for (int l = 0; l < 4; l++, b += ldb)                                                  \
+                ATTENTION_STEP(m, n, kk + l)                                                       \
         }                                                                                          \
+        for (; kk < k; kk++, b += ldb)                                                             \
+            ATTENTION_STEP(m, n, kk)                                                               \
         _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++)                                                                \
-            v_store(c + i * ldc, t[i]);                                                            \
-    }                                                                                              \
-    static void attention_tile_cols2_##m(int64_t k, const float *a, int64_t lda,                   \
-                                         const float *panel, float *c, int64_t ldc)                \
+        for (int i = 0; i < m; i++, c += ldc)                                                      \
+            for (int j = 0; j < n; j++)                                                            \
+                v_store(c + j * PM_WIDTH, add ? v_load(c + j * PM_WIDTH) + t[i][j] : t[i][j]);     \
+    }
+#define ATTENTION_STEP(m, n, at)                                                                   \
     {                                                                                              \
-        vf t[m][2];                                                                                \
+        vf right[n];                                                                               \
+        for (int j = 0; j < n; j++)                                                                \
+            right[j] = v_load(b + j * PM_WIDTH);                                                   \
         _Pragma("GCC unroll 16")                                                                   \
         for (int i = 0; i < m; i++) {                                                              \
-            t[i][0] = v_load(c + i * ldc);                                                         \
-            t[i][1] = v_load(c + i * ldc + PM_WIDTH);                                              \
-        }                                                                                          \
-        for (int64_t kk = 0; kk < k; kk++, a += lda) {                                             \
-            vf b0 = v_load(panel + kk * PM_NR), b1 = v_load(panel + kk * PM_NR + PM_WIDTH);        \
-            _Pragma("GCC unroll 16")                                                               \
-            for (int i = 0; i < m; i++) {                                                          \
-                vf x = v_set(a[i]);                                                                \
-                t[i][0] = v_fma(x, b0, t[i][0]);                                                   \
-                t[i][1] = v_fma(x, b1, t[i][1]);                                                   \
-            }                                                                                      \
-        }                                                                                          \
-        _Pragma("GCC unroll 16")                                                                   \
-        for (int i = 0; i < m; i++) {                                                              \
-            v_store(c + i * ldc, t[i][0]);                                                         \
-            v_store(c + i * ldc + PM_WIDTH, t[i][1]);                                              \
+            const vf left = v_set(r[i][at]);                                                       \
+            for (int j = 0; j < n; j++)                                                            \
+                t[i][j] = v_fma(left, right[j], t[i][j]);                                          \
         }                                                                                          \
     }
-#if PM_MR == 14
-#define ATTENTION_ALL(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
-#else
-#define ATTENTION_ALL(X) X(1) X(2) X(3) X(4) X(5) X(6)
-#endif
-ATTENTION_ALL(ATTENTION_TILE)
+#define ATTENTION_TILE_1(n, m) ATTENTION_TILE(m, n)
+PRODUCT_HEIGHTS(ATTENTION_TILE_1, 1)
+PRODUCT_HEIGHTS(ATTENTION_TILE_1, 2)
 
-/* Query rows that go through products and softmax together: at T = 256 their scores are in L1. */
-#define ATTENTION_ROWS (PM_MR == 14 ? 28 : 24)
+typedef void (*attention_tile_fn)(int64_t k, const float *a, int64_t lda, const float *b,
+                                  int64_t ldb, float *c, int64_t ldc, bool add, const char *ahead,
+                                  int64_t step);
+#define ATTENTION_NAME(n, m) attention_tile_##m##x##n,
+static const attention_tile_fn attention_tile[3][PM_MR + 1] = {
+    {NULL}, {NULL, PRODUCT_HEIGHTS(ATTENTION_NAME, 1)}, {NULL, PRODUCT_HEIGHTS(ATTENTION_NAME, 2)}};
 
-typedef void (*attention_rows_fn)(int64_t k, const float *const *a, const float *panel, float *c,
-                                  int64_t ldc);
-typedef void (*attention_cols_fn)(int64_t k, const float *a, int64_t lda, const float *panel,
-                                  float *c, int64_t ldc);
-#define ATTENTION_ENTRY(m) [m] = attention_tile_rows_##m,
-#define ATTENTION_ENTRY1(m) [m] = attention_tile_cols1_##m,
-#define ATTENTION_ENTRY2(m) [m] = attention_tile_cols2_##m,
-static const attention_rows_fn attention_tile_rows[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY)};
-static const attention_cols_fn attention_tile_cols1[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY1)};
-static const attention_cols_fn attention_tile_cols2[PM_MR + 1] = {ATTENTION_ALL(ATTENTION_ENTRY2)};
-
-/* ---------------------------------------------------------------- panels
- *
- * The panels of n columns and k rows: panel p, of columns p*PM_NR on, is at p*PM_NR*k and has 2
- * vectors, or 1 if its columns fit. Columns past n are zero. */
-
+/* How many numbers n are in whole vectors, and how many vectors a panel of n has. */
 static inline int64_t attention_pad(int64_t n) { return pm_blocks(n, PM_WIDTH) * PM_WIDTH; }
-static inline int64_t attention_vectors(int64_t n, int64_t p) { return n - p > PM_WIDTH ? 2 : 1; }
+static inline int64_t attention_vectors(int64_t n) { return n > PM_WIDTH ? 2 : 1; }
 
-/* Rows of qkv lie pages apart, where the hardware does not prefetch. */
-#define ATTENTION_AHEAD 16
+/* The distance between rows of n: an odd number of cache lines, which spreads them over the sets of
+ * L1. */
+static inline int64_t attention_pitch(int64_t n) { return pm_blocks(n, 32) * 32 + 16; }
 
-/* Columns from rows: B[i][j] = scale * x[j][i], j < n, i < k. */
-static void attention_pack_transposed(int64_t n, int64_t k, const float *x, int64_t ld, float scale,
-                                      float *panels)
-{
-    for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        const int64_t p = j / PM_NR * PM_NR, width = attention_vectors(n, p) * PM_WIDTH;
-        float *out = panels + p * k + (j - p);
-        const int64_t rows = pm_min(PM_WIDTH, n - j);
-        for (int64_t i = 0; i < k; i += PM_WIDTH) {
-            const float *from = x + j * ld + i;
-            vf row[PM_WIDTH];
-            if (rows == PM_WIDTH && k - i >= PM_WIDTH) {
-                _Pragma("GCC unroll 16")
-                for (int l = 0; l < PM_WIDTH; l++) {
-                    __builtin_prefetch(from + (l + ATTENTION_AHEAD) * ld);
-                    row[l] = v_load(from + l * ld) * v_set(scale);
-                }
-                v_transpose(row);
-                _Pragma("GCC unroll 16")
-                for (int l = 0; l < PM_WIDTH; l++)
-                    v_store(out + (i + l) * width, row[l]);
-            } else {
-                for (int l = 0; l < PM_WIDTH; l++)
-                    row[l] = l < rows ? v_get(from + l * ld, k - i) * v_set(scale) : v_zero();
-                v_transpose(row);
-                for (int l = 0; l < PM_WIDTH && i + l < k; l++)
-                    v_store(out + (i + l) * width, row[l]);
-            }
-        }
-    }
-}
-
-/* Columns as they are: B[i][j] = x[i][j], j < n, i < k. */
-static void attention_pack(int64_t n, int64_t k, const float *x, int64_t ld, float *panels)
-{
-    const int64_t whole = n / PM_NR * PM_NR;
-    for (int64_t i = 0; i < k; i++, x += ld) {
-        float *out = panels + i * PM_NR;
-        for (int64_t p = 0; p < whole; p += PM_NR, out += k * PM_NR) {
-            __builtin_prefetch(x + ATTENTION_AHEAD * ld + p);
-            __builtin_prefetch(x + ATTENTION_AHEAD * ld + p + PM_WIDTH);
-            v_store(out, v_load(x + p));
-            v_store(out + PM_WIDTH, v_load(x + p + PM_WIDTH));
-        }
-        if (n > whole) {
-            const int64_t width = attention_vectors(n, whole) * PM_WIDTH;
-            out = panels + whole * k + i * width;
-            for (int64_t p = whole; p < whole + width; p += PM_WIDTH, out += PM_WIDTH)
-                v_store(out, v_get(x + p, n - p));
-        }
-    }
-}
-
-/* c = a . B for m rows: c[i][0 .. padded n). A panel stays in L1 while the rows pass by. */
-static inline void attention_product(int64_t m, const float *x, int64_t ldx, int64_t k,
-                                     const float *panels, int64_t n, float *c, int64_t ldc)
-{
-    const float *a[ATTENTION_ROWS];
-    for (int64_t i = 0; i < m; i++)
-        a[i] = x + i * ldx;
-    const int64_t slices = product_slices(m);
-    for (int64_t p = 0; p < n; p += PM_NR)
-        for (int64_t s = 0; s < slices; s++) {
-            const int64_t i = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - i;
-            if (attention_vectors(n, p) == 2)
-                product_tile[PM_FP32][rows](k, a + i, panels + p * k, c + i * ldc + p, ldc, false);
-            else
-                attention_tile_rows[rows](k, a + i, panels + p * k, c + i * ldc + p, ldc);
-        }
-}
-
-/* c += a^T . B for m columns of a [k, lda]: c[i][0 .. padded n), i < m. */
-static void attention_product_transposed(int64_t m, const float *a, int64_t lda, int64_t k,
-                                         const float *panels, int64_t n, float *c, int64_t ldc)
+/* c = a b, or c += a b: c is [m, padded n], the depth is k. */
+static void attention_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
+                              const float *b, int64_t ldb, float *c, int64_t ldc, bool add,
+                              attention_ahead *ahead)
 {
     const int64_t slices = product_slices(m);
     for (int64_t s = 0; s < slices; s++) {
         const int64_t i = product_cut(m, slices, s), rows = product_cut(m, slices, s + 1) - i;
-        for (int64_t p = 0; p < n; p += PM_NR)
-            (attention_vectors(n, p) == 2 ? attention_tile_cols2 : attention_tile_cols1)[rows](
-                k, a + i, lda, panels + p * k, c + i * ldc + p, ldc);
+        for (int64_t p = 0; p < n; p += PM_NR) {
+            int64_t step;
+            const char *from = attention_fetch(ahead, k / 4, &step);
+            attention_tile[attention_vectors(n - p)][rows](k, a + i * lda, lda, b + p, ldb,
+                                                           c + i * ldc + p, ldc, add, from, step);
+        }
     }
 }
 
-/* ---------------------------------------------------------------- softmax pieces */
+/* ---------------------------------------------------------------- operands */
 
-/* exp for x <= 0, relative error 1e-7 (1 + |x| / 4); below -87.3 it is 2^-126, about 1e-38; NaN
+/* out[i] = scale * factor[i] * x[i] for rows of K, padded with zeros; no factor is 1. */
+static void attention_copy(int64_t rows, int64_t K, const float *x, int64_t ldx, float scale,
+                           const float *factor, float *out, int64_t ldo)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        const vf f = v_set(factor ? scale * factor[i] : scale);
+        for (int64_t c = 0; c < K; c += PM_WIDTH)
+            v_store(out + i * ldo + c, v_get(x + i * ldx + c, K - c) * f);
+    }
+}
+
+/* out[j][i] = factor[j] * x[i][j], i < n, j < k; no factor is 1. padded: whole vectors are stored,
+ * zeros behind n; or else nothing behind it is touched. */
+static void attention_transpose(int64_t n, int64_t k, const float *x, int64_t ldx,
+                                const float *factor, float *out, int64_t ldo, bool padded)
+{
+    for (int64_t i = 0; i < n; i += PM_WIDTH)
+        for (int64_t j = 0; j < k; j += PM_WIDTH) {
+            const float *from = x + i * ldx + j;
+            const int64_t rows = pm_min(PM_WIDTH, n - i), columns = pm_min(PM_WIDTH, k - j);
+            vf row[PM_WIDTH];
+            if (rows == PM_WIDTH && columns == PM_WIDTH) {
+                _Pragma("GCC unroll 16")
+                for (int l = 0; l < PM_WIDTH; l++)
+                    row[l] = v_load(from + l * ldx);
+            } else {
+                for (int l = 0; l < PM_WIDTH; l++)
+                    row[l] = l < rows ? v_get(from + l * ldx, columns) : v_zero();
+            }
+            if (factor)
+                for (int l = 0; l < PM_WIDTH; l++)
+                    row[l] *= v_get(factor + j, columns);
+            v_transpose(row);
+            if (columns == PM_WIDTH && (padded || rows == PM_WIDTH)) {
+                _Pragma("GCC unroll 16")
+                for (int l = 0; l < PM_WIDTH; l++)
+                    v_store(out + (j + l) * ldo + i, row[l]);
+            } else {
+                for (int l = 0; l < PM_WIDTH; l++)
+                    if (l < columns)
+                        v_put(out + (j + l) * ldo + i, row[l], padded ? PM_WIDTH : rows);
+            }
+        }
+}
+
+/* ---------------------------------------------------------------- softmax */
+
+/* exp for x <= 0, relative error 2e-7 (1 + |x| / 8); below -87.3 it is 2^-126, about 1e-38; NaN
  * stays NaN. exp(x) = 2^n 2^r; 2^r on [-1/2, 1/2] is the minimax polynomial that is 1 at 0. */
 static inline vf attention_exp(vf x)
 {
-    const vf magic = v_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = v_max(v_set(-126.0f), x * v_set(1.44269504f)); /* the second one when either is NaN */
-    vf shifted = x + magic, r = x - (shifted - magic);
-    vf p = v_set(1.53533605e-4f);
-    p = v_fma(p, r, v_set(1.3398875e-3f));
-    p = v_fma(p, r, v_set(9.61843692e-3f));
-    p = v_fma(p, r, v_set(5.55033237e-2f));
-    p = v_fma(p, r, v_set(2.40226477e-1f));
-    p = v_fma(p, r, v_set(6.93147182e-1f));
+    /* 1.5 * 2^23: adding it rounds to an integer. And 127: the low bits are the exponent of 2^n. */
+    const vf magic = v_set(12582912.0f + 127.0f), log2e = v_set(1.44269504f);
+    x = v_max(v_set(-87.3365402f), x); /* the second one when either is NaN */
+    const vf shifted = v_fma(x, log2e, magic), r = v_fma(x, log2e, magic - shifted);
+    vf p = v_set(1.32647273e-3f);
+    p = v_fma(p, r, v_set(9.67151299e-3f));
+    p = v_fma(p, r, v_set(5.55073358e-2f));
+    p = v_fma(p, r, v_set(2.40222424e-1f));
+    p = v_fma(p, r, v_set(6.93147004e-1f));
     p = v_fma(p, r, v_set(1.0f));
-    return p * (vf)(((vi)shifted << 23) + (127 << 23));
+    return p * (vf)((vi)shifted << 23);
 }
 
-/* Scores to exponentials, in place: s[t] = exp(s[t] - max). Returns their sum. s is padded to whole
- * vectors. */
-static inline float attention_softmax(int64_t T, float *s, float *max_out)
+/* The maxima of PM_WIDTH columns of T scores. */
+static inline vf attention_max(int64_t T, const float *s, int64_t ld)
 {
-    const int64_t padded = attention_pad(T);
-    for (int64_t t = T; t < padded; t++)
-        s[t] = -INFINITY;
-    vf m0 = v_set(-INFINITY), m1 = m0;
+    enum { CHAINS = 8 };
+    vf m[CHAINS];
+    for (int l = 0; l < CHAINS; l++)
+        m[l] = v_load(s);
     int64_t t = 0;
-    for (; t + PM_NR <= padded; t += PM_NR) {
-        m0 = v_max(m0, v_load(s + t));
-        m1 = v_max(m1, v_load(s + t + PM_WIDTH));
+    for (; t + CHAINS <= T; t += CHAINS) {
+        _Pragma("GCC unroll 8")
+        for (int l = 0; l < CHAINS; l++)
+            m[l] = v_max(m[l], v_load(s + (t + l) * ld));
     }
-    if (t < padded)
-        m0 = v_max(m0, v_load(s + t));
-    const float max = v_max_lane(v_max(m0, m1));
-    vf sum = v_zero();
-    for (t = 0; t < padded; t += PM_WIDTH) {
-        vf e = attention_exp(v_load(s + t) - v_set(max));
-        v_store(s + t, e);
-        sum += e;
+    for (; t < T; t++)
+        m[0] = v_max(m[0], v_load(s + t * ld));
+    for (int l = 1; l < CHAINS; l++)
+        m[0] = v_max(m[0], m[l]);
+    return m[0];
+}
+
+/* Sums over keys are kept in so many parts, key by key in turn: smaller errors. */
+#define ATTENTION_SUMS 4
+
+static inline vf attention_total(const vf *parts)
+{
+    return parts[0] + parts[1] + (parts[2] + parts[3]);
+}
+
+/* PM_WIDTH columns of scores to e = exp(s - max), in place. Returns their sums. */
+static inline vf attention_softmax(int64_t T, float *s, int64_t ld, vf *max_out)
+{
+    const vf max = attention_max(T, s, ld);
+    vf sum[ATTENTION_SUMS] = {v_zero()};
+    for (int64_t t = 0; t < T; t += ATTENTION_SUMS) {
+        _Pragma("GCC unroll 4")
+        for (int l = 0; l < ATTENTION_SUMS; l++, s += ld) {
+            if (t + l == T)
+                break;
+            const vf e = attention_exp(v_load(s) - max);
+            v_store(s, e);
+            sum[l] += e;
+        }
     }
     *max_out = max;
-    return v_sum(sum);
+    return attention_total(sum);
+}
+
+/* PM_WIDTH columns of scores to e and of dp to e * (dp - delta), in place; with p = e / sum, the
+ * latter is ds * sum. Returns 1 / sum. delta = sum of p * dp is taken from p and dp themselves, so
+ * that ds sums to 0 as well as float32 can. */
+static inline vf attention_softmax_backward(int64_t T, float *s, float *dp, int64_t ld)
+{
+    const vf max = attention_max(T, s, ld);
+    vf sum[ATTENTION_SUMS] = {v_zero()}, dot[ATTENTION_SUMS] = {v_zero()};
+    for (int64_t t = 0; t < T; t += ATTENTION_SUMS) {
+        _Pragma("GCC unroll 4")
+        for (int l = 0; l < ATTENTION_SUMS; l++) {
+            if (t + l == T)
+                break;
+            const vf e = attention_exp(v_load(s + (t + l) * ld) - max);
+            v_store(s + (t + l) * ld, e);
+            sum[l] += e;
+            dot[l] = v_fma(e, v_load(dp + (t + l) * ld), dot[l]);
+        }
+    }
+    const vf inverse = v_set(1.0f) / attention_total(sum), delta = attention_total(dot) * inverse;
+    for (int64_t t = 0; t < T; t++, s += ld, dp += ld)
+        v_store(dp, v_load(s) * (v_load(dp) - delta));
+    return inverse;
 }
 
 /* ---------------------------------------------------------------- qk-norm */
@@ -241,9 +273,10 @@ typedef struct {
     float eps;
 } attention_norm;
 
-/* rows x[t] of K to out[t] = xhat * weight + bias. stats, unless NULL: [2, rows], mean and rstd. */
+/* rows x[t] of K to out[t] = scale * (xhat * weight + bias), padded with zeros. stats, unless NULL:
+ * [rows, 2], mean and rstd. */
 static void attention_normalise(const attention_norm *norm, int64_t rows, int64_t K, const float *x,
-                                int64_t ldx, float *out, int64_t ldo, float *stats)
+                                int64_t ldx, float scale, float *out, int64_t ldo, float *stats)
 {
     for (int64_t t = 0; t < rows; t++, x += ldx, out += ldo) {
         vf sum = v_zero(), squares = v_zero();
@@ -257,12 +290,12 @@ static void attention_normalise(const attention_norm *norm, int64_t rows, int64_
         const float rstd = 1.0f / sqrtf(v_sum(squares) / (float)K + norm->eps);
         for (int64_t i = 0; i < K; i += PM_WIDTH) {
             vf xhat = (v_get(x + i, K - i) - v_set(mean)) * v_set(rstd);
-            v_put(out + i,
-                  v_fma(xhat, v_get(norm->weight + i, K - i), v_get(norm->bias + i, K - i)), K - i);
+            v_store(out + i, v_set(scale) * v_fma(xhat, v_get(norm->weight + i, K - i),
+                                                  v_get(norm->bias + i, K - i)));
         }
         if (stats) {
-            stats[t] = mean;
-            stats[rows + t] = rstd;
+            stats[2 * t] = mean;
+            stats[2 * t + 1] = rstd;
         }
     }
 }
@@ -296,123 +329,167 @@ static inline void attention_normalise_backward(const attention_norm *norm, int6
 /* ---------------------------------------------------------------- tasks */
 
 #define ATTENTION_FLOPS 1048576 /* of a task, at least: small heads are grouped */
-#define ATTENTION_TASKS 32      /* wanted: few heads are split by query rows (forward) */
-#define ATTENTION_SCORES 24576  /* of a block of query rows: 96 KiB, in L2 */
+#define ATTENTION_TASKS 32      /* wanted: few heads are split by panels of queries (forward) */
+#define ATTENTION_SCORES 32768  /* of a block of queries: 128 KiB, in L2 (backward) */
 
 typedef struct {
     const pm_attention_args *g;
     const pm_attention_grads *d;
-    int64_t items, group; /* (image, head, part of the query rows); items per task */
-    int64_t parts;        /* of the query rows of a head */
-    int64_t block;        /* query rows of a backward block */
-    int64_t Kp, Tp;       /* K and T in whole vectors */
-    int64_t ld;           /* between rows of scores */
+    int64_t items, group; /* (image, head, part of the panels); items per task */
+    int64_t panels;       /* of PM_NR queries, in a head */
+    int64_t parts;        /* of the panels of a head */
+    int64_t block;        /* panels of a backward block */
+    int64_t ldk, ldt;     /* between rows of K; of T */
     float scale;          /* 1 / sqrt(K) */
     attention_norm q_norm, k_norm;
-    char *scratch;
-    size_t bytes; /* of scratch, per worker */
-    float *slots; /* [B*H, 4, Kp]: gradients of q_weight, q_bias, k_weight, k_bias; or NULL */
+    int threads;
+    char *scratch, *heads; /* per worker; of all heads, where they have parts */
+    size_t bytes;          /* of scratch, per worker */
+    size_t head_bytes;     /* what attention_prepare makes of a head */
+    float *slots; /* [B*H, 4, ldk]: gradients of q_weight, q_bias, k_weight, k_bias; or NULL */
 } attention_job;
 
 static inline size_t attention_floats(int64_t n) { return pm_round64((size_t)n * sizeof(float)); }
-
-static attention_job attention_plan(const pm_attention_args *g, bool backward)
+static inline float *attention_take(void **scratch, int64_t n)
 {
-    attention_job j = {.g = g, .parts = 1, .Kp = attention_pad(g->K), .Tp = attention_pad(g->T)};
+    return pm_take(scratch, (size_t)n * sizeof(float));
+}
+
+static attention_job attention_plan(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
+{
     const int64_t T = g->T, K = g->K, heads = g->B * g->H, flops = 4 * T * T * K;
+    attention_job j = {.g = g, .panels = pm_blocks(T, PM_NR), .parts = 1};
+    j.threads = pm_pool_threads(ctx->pool);
+    j.ldk = attention_pitch(K), j.ldt = attention_pitch(T);
     j.scale = (float)(1.0 / sqrt((double)K));
     j.q_norm = (attention_norm){g->q_weight, g->q_bias, (float)g->eps};
     j.k_norm = (attention_norm){g->k_weight, g->k_bias, (float)g->eps};
-    /* an odd number of cache lines: rows of scores do not fall into the same sets of L1 */
-    j.ld = pm_blocks(j.Tp, 16) * 16;
-    j.ld += j.ld / 16 % 2 ? 0 : 16;
-    if (!backward && heads && heads < ATTENTION_TASKS) /* each part packs again: 64 rows or more */
-        j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), T / 64));
+    if (!backward && heads && heads < ATTENTION_TASKS)
+        j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), j.panels));
     j.items = heads * j.parts;
     j.group = pm_max(1, ATTENTION_FLOPS / pm_max(1, flops / j.parts));
-    int64_t blocks = pm_blocks(T, pm_max(ATTENTION_ROWS, ATTENTION_SCORES / j.ld));
-    j.block = pm_blocks(T, pm_max(1, blocks));
+    const int64_t most = pm_max(2, ATTENTION_SCORES / pm_max(1, T * PM_NR));
+    j.block = pm_blocks(j.panels, pm_max(1, pm_blocks(j.panels, most)));
     const bool norm = g->q_weight;
     if (!backward) {
-        j.bytes = 2 * attention_floats(T * j.Kp) * norm;                    /* q, k */
-        j.bytes += attention_floats(j.Tp * K) + attention_floats(T * j.Kp); /* panels: k^T, v */
-        j.bytes += attention_floats(ATTENTION_ROWS * j.ld);                 /* scores */
-        j.bytes += attention_floats(ATTENTION_ROWS * j.Kp);                 /* y */
+        j.head_bytes = attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v^T */
+        j.bytes = attention_floats(PM_NR * j.ldk) * norm;                         /* q */
+        j.bytes += 2 * attention_floats(K * PM_NR) + attention_floats(T * PM_NR); /* q^T, y^T; s */
+        j.bytes += j.parts == 1 ? j.head_bytes : 0;
     } else {
-        j.bytes = 2 * attention_floats(T * j.Kp) * norm;                        /* q, k */
-        j.bytes += 2 * attention_floats(2 * T) * norm;                          /* mean, rstd */
-        j.bytes += 2 * attention_floats(j.Tp * K) + attention_floats(T * j.Kp); /* k^T, v^T; k */
-        j.bytes += 2 * attention_floats(j.block * j.ld);                        /* p, ds */
-        j.bytes += 2 * attention_floats(j.block * j.Kp);                        /* q, dy */
-        j.bytes += 2 * attention_floats(T * j.Kp);                              /* dk, dv */
-        j.bytes += attention_floats(ATTENTION_ROWS * j.Kp);                     /* dq */
+        const int64_t rows = j.block * PM_NR;
+        j.bytes = 2 * attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v; k^T */
+        j.bytes += attention_floats(rows * j.ldk) * norm;                        /* q */
+        j.bytes += attention_floats(2 * T) * 2 * norm;                           /* mean, rstd */
+        j.bytes += 3 * attention_floats(K * PM_NR);                 /* q^T, dy^T, dq^T */
+        j.bytes += 2 * attention_floats(T * attention_pitch(rows)); /* e, ds */
+        j.bytes += 2 * attention_floats(rows * j.ldk);              /* q, dy */
+        j.bytes += attention_floats(rows);                          /* 1 / sum */
+        j.bytes += 2 * attention_floats(T * j.ldk);                 /* dk, dv */
+        j.bytes += attention_floats(PM_NR * j.ldk);                 /* dq */
     }
     return j;
 }
 
 static size_t attention_workspace(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
 {
-    attention_job j = attention_plan(g, backward);
-    size_t bytes = j.bytes * (size_t)pm_pool_threads(ctx->pool);
+    attention_job j = attention_plan(ctx, g, backward);
+    size_t bytes = j.bytes * (size_t)j.threads;
+    if (j.parts > 1)
+        bytes += j.head_bytes * (size_t)(g->B * g->H);
     if (backward && g->q_weight)
-        bytes += attention_floats(g->B * g->H * 4 * j.Kp);
+        bytes += attention_floats(g->B * g->H * 4 * j.ldk);
     return bytes;
+}
+
+/* Adds rows of `pieces` matrices, side by side from x on (q, k, v: H*K apart), of head to a fetch. */
+static void attention_fetch_rows(attention_ahead *f, const attention_job *j, const float *x,
+                                 int64_t pieces, int64_t head)
+{
+    const pm_attention_args *g = j->g;
+    const int64_t D = g->H * g->K, ld = pieces * D;
+    const float *at = x + head / g->H * g->T * ld + head % g->H * g->K;
+    for (int64_t i = 0; i < pieces; i++, at += D) {
+        const uintptr_t within = (uintptr_t)at % 64;
+        f->piece[f->pieces++] = (attention_piece){at - within / sizeof(float), ld};
+        f->bytes = pm_max(f->bytes, (int64_t)within + g->K * (int64_t)sizeof(float));
+    }
+}
+
+/* The head that the worker of this item takes next, most likely; tasks are handed out in order. */
+static int64_t attention_next(const attention_job *j, int64_t item)
+{
+    const int64_t next = item + 1;
+    return next % j->group ? next : next + (j->threads - 1) * j->group;
 }
 
 /* ---------------------------------------------------------------- forward */
 
+/* k in rows, scaled, and v^T of a head. */
+static void attention_prepare(const attention_job *j, int64_t head, float *k, float *vt)
+{
+    const pm_attention_args *g = j->g;
+    const int64_t T = g->T, K = g->K, D = g->H * K;
+    const float *k_in = g->qkv + head / g->H * T * 3 * D + D + head % g->H * K, *v_in = k_in + D;
+    if (g->q_weight)
+        attention_normalise(&j->k_norm, T, K, k_in, 3 * D, j->scale, k, j->ldk, NULL);
+    else
+        attention_copy(T, K, k_in, 3 * D, j->scale, NULL, k, j->ldk);
+    attention_transpose(T, K, v_in, 3 * D, NULL, vt, j->ldt, true);
+}
+
 static void attention_forward_item(const attention_job *j, int64_t item, void *scratch)
 {
     const pm_attention_args *g = j->g;
-    const int64_t T = g->T, K = g->K, Kp = j->Kp, head = item / j->parts, part = item % j->parts;
+    const int64_t T = g->T, K = g->K, head = item / j->parts, part = item % j->parts;
     const int64_t b = head / g->H, h = head % g->H, ldy = g->H * K;
-    const int64_t first = product_cut(T, j->parts, part), end = product_cut(T, j->parts, part + 1);
-    int64_t ldq = 3 * ldy, ldk = ldq;
-    const float *q = g->qkv + b * T * ldq + h * K, *k = q + ldy, *v = k + ldy;
-    q += first * ldq;
+    const float *q_in = g->qkv + b * T * 3 * ldy + h * K;
+    attention_ahead ahead = {.rows = T};
 
-    /* 1. q and k through their LayerNorms */
-    if (g->q_weight) {
-        float *qn = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-        float *kn = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-        attention_normalise(&j->q_norm, end - first, K, q, ldq, qn, Kp, NULL);
-        attention_normalise(&j->k_norm, T, K, k, ldk, kn, Kp, NULL);
-        q = qn, k = kn, ldq = ldk = Kp;
+    /* 1. k and v^T, unless they were made for all parts */
+    void *own = j->parts == 1 ? scratch : j->heads + (size_t)head * j->head_bytes;
+    float *k = attention_take(&own, T * j->ldk), *vt = attention_take(&own, K * j->ldt);
+    if (j->parts == 1) {
+        scratch = own;
+        attention_prepare(j, head, k, vt);
+        const int64_t next = attention_next(j, item);
+        if (next < j->items) {
+            attention_fetch_rows(&ahead, j, g->qkv, 3, next);
+            attention_fetch_rows(&ahead, j, g->y, 1, next);
+        }
     }
 
-    /* 2. k^T (with the scale) and v in panels */
-    float *k_panels = pm_take(&scratch, (size_t)(j->Tp * K) * sizeof(float));
-    float *v_panels = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-    attention_pack_transposed(T, K, k, ldk, j->scale, k_panels);
-    attention_pack(K, T, v, 3 * ldy, v_panels);
+    float *qt = attention_take(&scratch, K * PM_NR), *yt = attention_take(&scratch, K * PM_NR);
+    float *s = attention_take(&scratch, T * PM_NR);
+    const int64_t end = product_cut(j->panels, j->parts, part + 1);
+    for (int64_t panel = product_cut(j->panels, j->parts, part); panel < end; panel++) {
+        const int64_t t = panel * PM_NR, m = pm_min(PM_NR, T - t);
+        float inverse[PM_NR], max[PM_NR], sum[PM_NR];
 
-    float *s = pm_take(&scratch, (size_t)(ATTENTION_ROWS * j->ld) * sizeof(float));
-    float *o = pm_take(&scratch, (size_t)(ATTENTION_ROWS * Kp) * sizeof(float));
-    const int64_t slices = pm_blocks(end - first, ATTENTION_ROWS);
-    for (int64_t slice = 0; slice < slices; slice++) {
-        const int64_t row = product_cut(end - first, slices, slice);
-        const int64_t m = product_cut(end - first, slices, slice + 1) - row, t = first + row;
-        float inverse[ATTENTION_ROWS];
-
-        /* 3. s = q k^T / sqrt(K); exp(s - max) and its sum; lse = max + log sum */
-        attention_product(m, q + row * ldq, ldq, K, k_panels, T, s, j->ld);
-        for (int64_t i = 0; i < m; i++) {
-            float max, sum = attention_softmax(T, s + i * j->ld, &max);
-            inverse[i] = 1.0f / sum;
-            if (g->lse)
-                g->lse[head * T + t + i] = max + logf(sum); /* >= max */
+        /* 2. q^T of the panel */
+        const float *q = q_in + t * 3 * ldy;
+        int64_t ldq = 3 * ldy;
+        if (g->q_weight) {
+            attention_normalise(&j->q_norm, m, K, q, ldq, 1.0f, scratch, j->ldk, NULL);
+            q = scratch, ldq = j->ldk;
         }
+        attention_transpose(m, K, q, ldq, NULL, qt, PM_NR, true);
 
-        /* 4. y = exp(s - max) v / sum */
-        for (int64_t i = 0; i < m; i++)
-            for (int64_t c = 0; c < K; c += 16)
-                __builtin_prefetch(g->y + (b * T + t + i) * ldy + h * K + c, 1);
-        attention_product(m, s, j->ld, T, v_panels, K, o, Kp);
-        for (int64_t i = 0; i < m; i++) {
-            float *y = g->y + (b * T + t + i) * ldy + h * K;
-            for (int64_t c = 0; c < K; c += PM_WIDTH)
-                v_put(y + c, v_load(o + i * Kp + c) * v_set(inverse[i]), K - c);
+        /* 3. s = k q^T / sqrt(K); e = exp(s - max) and its sum; lse = max + log sum */
+        attention_product(T, m, K, k, j->ldk, qt, PM_NR, s, PM_NR, false, &ahead);
+        for (int64_t i = 0; i < m; i += PM_WIDTH) {
+            vf top, total = attention_softmax(T, s + i, PM_NR, &top);
+            v_store(max + i, top);
+            v_store(sum + i, total);
+            v_store(inverse + i, v_set(1.0f) / total);
         }
+        if (g->lse)
+            for (int64_t i = 0; i < m; i++)
+                g->lse[head * T + t + i] = max[i] + pm_log(sum[i]);
+
+        /* 4. y^T = v^T e / sum */
+        attention_product(K, m, T, vt, j->ldt, s, PM_NR, yt, PM_NR, false, &ahead);
+        attention_transpose(K, m, yt, PM_NR, inverse, g->y + (b * T + t) * ldy + h * K, ldy, false);
     }
 }
 
@@ -424,138 +501,146 @@ static void attention_forward_task(void *arg, int64_t task, int worker)
         attention_forward_item(j, item, j->scratch + (size_t)worker * j->bytes);
 }
 
+static void attention_prepare_task(void *arg, int64_t head, int worker)
+{
+    (void)worker;
+    const attention_job *j = arg;
+    void *own = j->heads + (size_t)head * j->head_bytes;
+    float *k = attention_take(&own, j->g->T * j->ldk);
+    attention_prepare(j, head, k, own);
+}
+
 static pm_status attention_forward(pm_ctx *ctx, const pm_attention_args *g, void *scratch)
 {
-    attention_job job = attention_plan(g, false);
+    attention_job job = attention_plan(ctx, g, false);
+    const int64_t heads = g->B * g->H;
+    if (!g->T || !g->K)
+        return PM_OK;
+    if (job.parts > 1) {
+        job.heads = pm_take(&scratch, job.head_bytes * (size_t)heads);
+        pm_parallel(ctx->pool, heads, attention_prepare_task, &job);
+    }
     job.scratch = scratch;
-    if (g->T && g->K)
-        pm_parallel(ctx->pool, pm_blocks(job.items, job.group), attention_forward_task, &job);
+    pm_parallel(ctx->pool, pm_blocks(job.items, job.group), attention_forward_task, &job);
     return PM_OK;
 }
 
 /* ---------------------------------------------------------------- backward
  *
- * With p = exp(s - lse) and delta = sum over keys of p * dp:
+ * With p = softmax and delta = sum over keys of p * dp:
  *   dv = p^T dy;  dp = dy v^T;  ds = p * (dp - delta) / sqrt(K);  dq = ds k;  dk = ds^T q
- * In blocks of query rows; dk and dv of the head sum over the blocks in order. */
+ * In blocks of queries; dk and dv of the head sum over the blocks in order. e and ds are kept as
+ * softmax left them, times the sum of e: the other operand of dv and dk, and dq, are divided by it. */
 
-/* p and ds of one row, in place: s to p, dp to ds (without the factor 1 / sqrt(K)). p is divided by
- * its sum, which is 1 but for the rounding of lse (not small where scores are large), and delta is
- * taken from p and dp themselves, so that ds sums to 0 as well as float32 can. */
-static inline void attention_softmax_backward(int64_t T, float *s, float *dp, float lse)
-{
-    const int64_t padded = attention_pad(T);
-    for (int64_t t = T; t < padded; t++)
-        s[t] = -INFINITY;
-    vf sum = v_zero(), dot = v_zero();
-    for (int64_t t = 0; t < T; t += PM_WIDTH) {
-        vf p = attention_exp(v_load(s + t) - v_set(lse));
-        v_store(s + t, p);
-        sum += p;
-        dot = v_fma(p, v_load(dp + t), dot);
-    }
-    const float inverse = 1.0f / v_sum(sum);
-    const vf r = v_set(inverse), delta = v_set(v_sum(dot) * inverse);
-    for (int64_t t = 0; t < T; t += PM_WIDTH) {
-        vf p = v_load(s + t) * r;
-        v_store(s + t, p);
-        v_store(dp + t, p * (v_load(dp + t) - delta));
-    }
-}
-
-/* m rows of dq or dk, from row on, out of the products: times 1 / sqrt(K), and back through the
- * LayerNorm if any. x: q or k in qkv; slot: dweight, dbias; stats: [2, T], mean and rstd. */
-static void attention_finish(const attention_job *j, int64_t m, float *product, const float *x,
+/* m rows, from row on, of dq or dk to where they belong: through the LayerNorm. x: q or k in qkv;
+ * slot: dweight, dbias; stats: [T, 2], mean and rstd. */
+static void attention_finish(const attention_job *j, int64_t m, const float *up, const float *x,
                              float *dx, const attention_norm *norm, float *slot, const float *stats,
                              int64_t row)
 {
-    const int64_t K = j->g->K, T = j->g->T, Kp = j->Kp, ld = 3 * j->g->H * K;
-    for (int64_t i = 0; i < m; i++, product += Kp) {
-        float *out = dx ? dx + (row + i) * ld : NULL;
-        if (!norm->weight) {
-            for (int64_t c = 0; c < K; c += PM_WIDTH)
-                v_put(out + c, v_load(product + c) * v_set(j->scale), K - c);
-            continue;
-        }
+    const int64_t K = j->g->K, ld = 3 * j->g->H * K;
+    for (int64_t i = row; i < row + m; i++, up += j->ldk)
+        attention_normalise_backward(norm, K, x + i * ld, stats[2 * i], stats[2 * i + 1], up,
+                                     dx ? dx + i * ld : NULL, slot, slot + j->ldk);
+}
+
+/* m rows of K numbers. */
+static void attention_write(int64_t m, int64_t K, const float *x, int64_t ldx, float *out,
+                            int64_t ldo)
+{
+    for (int64_t i = 0; i < m; i++)
         for (int64_t c = 0; c < K; c += PM_WIDTH)
-            v_store(product + c, v_load(product + c) * v_set(j->scale));
-        attention_normalise_backward(norm, K, x + (row + i) * ld, stats[row + i],
-                                     stats[T + row + i], product, out, slot, slot + Kp);
-    }
+            v_put(out + i * ldo + c, v_load(x + i * ldx + c), K - c);
 }
 
 static void attention_backward_item(const attention_job *j, int64_t head, void *scratch)
 {
     const pm_attention_args *g = j->g;
-    const int64_t T = g->T, K = g->K, Kp = j->Kp, b = head / g->H, h = head % g->H, ldy = g->H * K;
-    const int64_t ldx = 3 * ldy, at = b * T * ldx + h * K;
-    int64_t ldq = ldx, ldk = ldx;
-    const float *q_in = g->qkv + at, *k_in = q_in + ldy, *v = k_in + ldy, *q = q_in, *k = k_in;
-    const float *dy = j->d->dy + b * T * ldy + h * K, *lse = g->lse + head * T;
+    const int64_t T = g->T, K = g->K, ldk = j->ldk, b = head / g->H, h = head % g->H;
+    const int64_t ldy = g->H * K, ldx = 3 * ldy, at = b * T * ldx + h * K;
+    const float *q_in = g->qkv + at, *k_in = q_in + ldy, *v_in = k_in + ldy;
+    const float *dy = j->d->dy + b * T * ldy + h * K;
     float *dq_out = j->d->dqkv ? j->d->dqkv + at : NULL, *dk_out = dq_out ? dq_out + ldy : NULL;
-    float *slot = j->slots ? j->slots + head * 4 * Kp : NULL, *q_stats = NULL, *k_stats = NULL;
+    float *slot = j->slots ? j->slots + head * 4 * ldk : NULL, *q_stats = NULL, *k_stats = NULL;
+    float *q_rows = NULL;
 
-    /* 1. q and k through their LayerNorms, again */
-    if (g->q_weight) {
-        float *qn = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-        float *kn = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-        q_stats = pm_take(&scratch, (size_t)(2 * T) * sizeof(float));
-        k_stats = pm_take(&scratch, (size_t)(2 * T) * sizeof(float));
-        attention_normalise(&j->q_norm, T, K, q, ldq, qn, Kp, q_stats);
-        attention_normalise(&j->k_norm, T, K, k, ldk, kn, Kp, k_stats);
-        q = qn, k = kn, ldq = ldk = Kp;
-        memset(slot, 0, (size_t)(4 * Kp) * sizeof(float));
+    attention_ahead ahead = {.rows = T};
+    const int64_t next = attention_next(j, head);
+    if (next < j->items) {
+        attention_fetch_rows(&ahead, j, g->qkv, 3, next);
+        attention_fetch_rows(&ahead, j, j->d->dy, 1, next);
+        if (dq_out)
+            attention_fetch_rows(&ahead, j, j->d->dqkv, 3, next);
     }
 
-    /* 2. panels: k^T (with the scale) and v^T for the scores and dp, k for dq */
-    float *kt_panels = pm_take(&scratch, (size_t)(j->Tp * K) * sizeof(float));
-    float *vt_panels = pm_take(&scratch, (size_t)(j->Tp * K) * sizeof(float));
-    float *k_panels = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-    attention_pack_transposed(T, K, k, ldk, j->scale, kt_panels);
-    attention_pack_transposed(T, K, v, ldx, 1.0f, vt_panels);
-    attention_pack(K, T, k, ldk, k_panels);
+    /* 1. k, scaled, and v in rows for the scores and dp, k^T for dq */
+    float *k = attention_take(&scratch, T * ldk), *v = attention_take(&scratch, T * ldk);
+    float *kt = attention_take(&scratch, K * j->ldt);
+    if (g->q_weight) {
+        q_stats = attention_take(&scratch, 2 * T);
+        k_stats = attention_take(&scratch, 2 * T);
+        q_rows = attention_take(&scratch, j->block * PM_NR * ldk);
+        attention_normalise(&j->k_norm, T, K, k_in, ldx, j->scale, k, ldk, k_stats);
+        memset(slot, 0, (size_t)(4 * ldk) * sizeof(float));
+    } else {
+        attention_copy(T, K, k_in, ldx, j->scale, NULL, k, ldk);
+    }
+    attention_copy(T, K, v_in, ldx, 1.0f, NULL, v, ldk);
+    attention_transpose(T, K, k, ldk, NULL, kt, j->ldt, true);
 
-    float *p = pm_take(&scratch, (size_t)(j->block * j->ld) * sizeof(float));
-    float *ds = pm_take(&scratch, (size_t)(j->block * j->ld) * sizeof(float));
-    float *q_panels = pm_take(&scratch, (size_t)(j->block * Kp) * sizeof(float));
-    float *dy_panels = pm_take(&scratch, (size_t)(j->block * Kp) * sizeof(float));
-    float *dk = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-    float *dv = pm_take(&scratch, (size_t)(T * Kp) * sizeof(float));
-    float *dq = pm_take(&scratch, (size_t)(ATTENTION_ROWS * Kp) * sizeof(float));
-    memset(dk, 0, (size_t)(T * Kp) * sizeof(float));
-    memset(dv, 0, (size_t)(T * Kp) * sizeof(float));
-    for (int64_t first = 0; first < T; first += j->block) {
-        const int64_t rows = pm_min(j->block, T - first), slices = pm_blocks(rows, ATTENTION_ROWS);
-        for (int64_t slice = 0; slice < slices; slice++) {
-            const int64_t row = product_cut(rows, slices, slice), t = first + row;
-            const int64_t m = product_cut(rows, slices, slice + 1) - row;
-            float *ps = p + row * j->ld, *dss = ds + row * j->ld;
+    const int64_t ld = attention_pitch(j->block * PM_NR); /* of e and ds */
+    float *e = attention_take(&scratch, T * ld), *ds = attention_take(&scratch, T * ld);
+    float *qt = attention_take(&scratch, K * PM_NR), *dyt = attention_take(&scratch, K * PM_NR);
+    float *dqt = attention_take(&scratch, K * PM_NR), *dq = attention_take(&scratch, PM_NR * ldk);
+    float *q_block = attention_take(&scratch, j->block * PM_NR * ldk);
+    float *dy_block = attention_take(&scratch, j->block * PM_NR * ldk);
+    float *inverse = attention_take(&scratch, j->block * PM_NR);
+    float *dk = attention_take(&scratch, T * ldk), *dv = attention_take(&scratch, T * ldk);
+    for (int64_t first = 0; first < T; first += j->block * PM_NR) {
+        const int64_t rows = pm_min(j->block * PM_NR, T - first);
+        const float *q = q_in + first * ldx;
+        int64_t ldq = ldx;
+        if (g->q_weight) {
+            attention_normalise(&j->q_norm, rows, K, q, ldx, 1.0f, q_rows, ldk,
+                                q_stats + 2 * first);
+            q = q_rows, ldq = ldk;
+        }
+        for (int64_t row = 0; row < rows; row += PM_NR) {
+            const int64_t m = pm_min(PM_NR, rows - row), t = first + row;
+            float *es = e + row, *dss = ds + row;
 
-            /* 3. p = exp(q k^T / sqrt(K) - lse), dp = dy v^T, ds = p * (dp - delta) */
-            attention_product(m, q + t * ldq, ldq, K, kt_panels, T, ps, j->ld);
-            attention_product(m, dy + t * ldy, ldy, K, vt_panels, T, dss, j->ld);
-            for (int64_t i = 0; i < m; i++)
-                attention_softmax_backward(T, ps + i * j->ld, dss + i * j->ld, lse[t + i]);
+            /* 2. e = exp(s - max), dp = v dy^T, ds = e * (dp - delta) */
+            attention_transpose(m, K, q + row * ldq, ldq, NULL, qt, PM_NR, true);
+            attention_transpose(m, K, dy + t * ldy, ldy, NULL, dyt, PM_NR, true);
+            attention_product(T, m, K, k, ldk, qt, PM_NR, es, ld, false, &ahead);
+            attention_product(T, m, K, v, ldk, dyt, PM_NR, dss, ld, false, &ahead);
+            for (int64_t i = 0; i < m; i += PM_WIDTH)
+                v_store(inverse + row + i, attention_softmax_backward(T, es + i, dss + i, ld));
 
-            /* 4. dq = ds k */
-            attention_product(m, dss, j->ld, T, k_panels, K, dq, Kp);
-            if (dq_out || slot)
+            /* 3. dq^T = k^T ds */
+            if (!dq_out && !slot)
+                continue;
+            attention_product(K, m, T, kt, j->ldt, dss, ld, dqt, PM_NR, false, &ahead);
+            if (slot) {
+                attention_transpose(K, m, dqt, PM_NR, inverse + row, dq, ldk, true);
                 attention_finish(j, m, dq, q_in, dq_out, &j->q_norm, slot, q_stats, t);
+            } else {
+                attention_transpose(K, m, dqt, PM_NR, inverse + row, dq_out + t * ldx, ldx, false);
+            }
         }
 
-        /* 5. dv += p^T dy, dk += ds^T q, over the rows of the block */
-        attention_pack(K, rows, dy + first * ldy, ldy, dy_panels);
-        attention_pack(K, rows, q + first * ldq, ldq, q_panels);
-        attention_product_transposed(T, p, j->ld, rows, dy_panels, K, dv, Kp);
-        attention_product_transposed(T, ds, j->ld, rows, q_panels, K, dk, Kp);
+        /* 4. dv += p^T dy, dk += ds^T q, over the queries of the block */
+        attention_copy(rows, K, dy + first * ldy, ldy, 1.0f, inverse, dy_block, ldk);
+        attention_copy(rows, K, q, ldq, j->scale, inverse, q_block, ldk);
+        attention_product(T, K, rows, e, ld, dy_block, ldk, dv, ldk, first > 0, &ahead);
+        attention_product(T, K, rows, ds, ld, q_block, ldk, dk, ldk, first > 0, &ahead);
     }
-    if (dq_out || slot)
-        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot ? slot + 2 * Kp : NULL, k_stats,
-                         0);
+    if (slot)
+        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot + 2 * ldk, k_stats, 0);
+    else if (dq_out)
+        attention_write(T, K, dk, ldk, dk_out, ldx);
     if (dq_out)
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t c = 0; c < K; c += PM_WIDTH)
-                v_put(dq_out + 2 * ldy + t * ldx + c, v_load(dv + t * Kp + c), K - c);
+        attention_write(T, K, dv, ldk, dk_out + ldy, ldx);
 }
 
 static void attention_backward_task(void *arg, int64_t task, int worker)
@@ -576,7 +661,7 @@ static void attention_norm_task(void *arg, int64_t task, int worker)
     for (int64_t c = 0; grads[task] && c < K; c += PM_WIDTH) {
         vf sum = v_zero();
         for (int64_t head = 0; head < j->items; head++)
-            sum += v_load(j->slots + (head * 4 + task) * j->Kp + c);
+            sum += v_load(j->slots + (head * 4 + task) * j->ldk + c);
         v_put(grads[task] + c, v_get(grads[task] + c, K - c) + sum, K - c);
     }
 }
@@ -584,10 +669,10 @@ static void attention_norm_task(void *arg, int64_t task, int worker)
 static pm_status attention_backward(pm_ctx *ctx, const pm_attention_args *g,
                                     const pm_attention_grads *d, void *scratch)
 {
-    attention_job job = attention_plan(g, true);
+    attention_job job = attention_plan(ctx, g, true);
     job.d = d;
     if (g->q_weight)
-        job.slots = pm_take(&scratch, attention_floats(g->B * g->H * 4 * job.Kp));
+        job.slots = pm_take(&scratch, attention_floats(g->B * g->H * 4 * job.ldk));
     job.scratch = scratch;
     if (!g->T || !g->K)
         return PM_OK;
