@@ -49,6 +49,25 @@ def training(config, batch=1):
     return sum(forward(config, batch).values()) + sum(backward(config, batch).values())
 
 
+# The ops whose products are of the kind that `compute` names; the router's are fp32 in any case (docs/decisions/0006).
+FOLLOW_COMPUTE = ("patch_embed", "linear", "attention", "experts")
+
+
+def by_compute(ops, compute):
+    """Operations by op -> {kind of product: operations}: each kind has a peak of its own."""
+    totals = {}
+    for op, count in ops.items():
+        kind = compute if op in FOLLOW_COMPUTE else "fp32"
+        totals[kind] = totals.get(kind, 0) + count
+    return totals
+
+
+def step(config, batch=1):
+    """Operations of a training step, by op."""
+    back = backward(config, batch)
+    return {op: count + back[op] for op, count in forward(config, batch).items()}
+
+
 def floor(operations, fma, parameters=0, update=1.0):
     """Seconds that nothing can beat: operations / FMA peak + the optimizer's bytes / bandwidth of an update in place.
 
