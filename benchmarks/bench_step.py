@@ -111,12 +111,13 @@ class Job:
 
     def piece(self, what, threads):
         """How `rounds.take` times one of the three."""
-        c, work = self.config, {"step": lambda: counts.step(self.config, self.batch),
-                                "evaluation": lambda: counts.forward(self.config, self.batch),
-                                "guided": lambda: counts.forward(self.config, 2 * GUIDED_STEPS * self.batch)}
+        c = self.config
+        work = {"step": lambda: counts.step(c, self.batch),
+                "evaluation": lambda: counts.forward(c, self.batch),
+                "guided": lambda: counts.forward(c, 2 * GUIDED_STEPS * self.batch)}
         return rounds.Piece(rounds.clocked(getattr(self, what), threads),
                             counts.by_compute(work[what](), self.compute), threads,
-                            c.num_params if what == "step" else 0)
+                            counts.optimizer_bytes(c.num_params) if what == "step" else 0)
 
 
 def _profile(job, level, threads, repeats):
@@ -175,7 +176,7 @@ def measure(config, batch, compute, threads, seconds, training=True, guided=None
     if training:
         train = timed("step")
         train["images_per_second"] = batch / train["seconds"]
-        train["share_of_bandwidth"] = train["update_floor"] / train["update_seconds"]
+        train["share_of_bandwidth"] = train["bytes_floor"] / train["update_seconds"]
         train["profile"] = _profile(job, level, threads, max(2, int(seconds / 4 / train["seconds"])))
         found["train"] = train
     found["evaluation"] = timed("evaluation")

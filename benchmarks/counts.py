@@ -68,6 +68,11 @@ def step(config, batch=1):
     return {op: count + back[op] for op, count in forward(config, batch).items()}
 
 
+def optimizer_bytes(parameters):
+    """Bytes that an update moves."""
+    return floor(0, 1.0, parameters, update=1.0)
+
+
 def floor(operations, fma, parameters=0, update=1.0):
     """Seconds that nothing can beat: operations / FMA peak + the optimizer's bytes / bandwidth of an update in place.
 

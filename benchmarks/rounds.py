@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from benchmarks import counts, peak
+from benchmarks import peak
 
 STEADY = 0.10  # of the mean: by so much the two floors of a round may differ
 SHORTEST = 0.02  # seconds of a timed piece: what is shorter is run several times in a row
@@ -34,13 +34,13 @@ class Piece:
     run: Callable[[], Timing]
     operations: dict  # {compute: operations}
     threads: int
-    parameters: int = 0  # that an optimizer goes over: bytes, in the floor
+    bytes: float = 0  # that move while nothing is multiplied, as in an optimizer's sweep
     rows: list = field(default_factory=list)
 
     @property
     def kinds(self):
         """The peaks that its floor is made of."""
-        return (*self.operations, *(["update"] if self.parameters else []))
+        return (*self.operations, *(["update"] if self.bytes else []))
 
 
 def clocked(function, threads):
@@ -79,9 +79,7 @@ def _products(piece, found, clock="wall"):
 def floor(piece, found, clock="wall"):
     """Seconds that nothing can beat at the peaks found. Bandwidth is by the wall: memory has no CPU time."""
     seconds = _products(piece, found, clock)
-    if piece.parameters:
-        seconds += counts.floor(0, 1.0, piece.parameters, found["update"].wall)
-    return seconds
+    return seconds + piece.bytes / found["update"].wall if piece.bytes else seconds
 
 
 def take(pieces, level, seconds, least=3):
@@ -113,27 +111,29 @@ def take(pieces, level, seconds, least=3):
             timing = piece.run()
             after = peaks(level, *key)
             last = {key: after}
-            piece.rows.append(_row(piece, timing, before, after))
+            piece.rows.append(row(piece, timing, before, after))
         done += 1
-    return {name: _summary(piece, least) for name, piece in pieces.items()}
+    return {name: summary(piece, least) for name, piece in pieces.items()}
 
 
-def _row(piece, timing, before, after):
+def row(piece, timing, before, after):
+    """The figures of a round."""
     low, high = sorted((floor(piece, before), floor(piece, after)))
     middle = (low + high) / 2
-    row = {"seconds": timing.seconds, "floor": middle, "share_of_floor": middle / timing.seconds,
-           "times_operations": 2 * timing.seconds / (_products(piece, before) + _products(piece, after)),
-           "steady": high - low <= STEADY * middle}
-    if timing.cpu == timing.cpu:
-        by_cpu = (floor(piece, before, "cpu") + floor(piece, after, "cpu")) / 2
-        row["share_of_floor_cpu"] = by_cpu / timing.cpu
+    found = {"seconds": timing.seconds, "floor": middle, "share_of_floor": middle / timing.seconds,
+             "steady": high - low <= STEADY * middle}
+    if piece.operations:
+        products = (_products(piece, before) + _products(piece, after)) / 2
+        found["times_operations"] = timing.seconds / products
+        if timing.cpu == timing.cpu:
+            by_cpu = (floor(piece, before, "cpu") + floor(piece, after, "cpu")) / 2
+            found["share_of_floor_cpu"] = by_cpu / timing.cpu
     for kind in piece.kinds:
         unit = "update_gb_s" if kind == "update" else f"{kind}_gflops"
-        row[unit] = (before[kind].wall + after[kind].wall) / 2e9
-    if piece.parameters:
-        bandwidth = (before["update"].wall + after["update"].wall) / 2
-        row["update_floor"] = counts.floor(0, 1.0, piece.parameters, bandwidth)
-    return row | {name: value for name, value in timing.parts.items()}
+        found[unit] = (before[kind].wall + after[kind].wall) / 2e9
+    if piece.bytes:
+        found["bytes_floor"] = piece.bytes / (1e9 * found["update_gb_s"])
+    return found | timing.parts
 
 
 def medians(rows):
@@ -141,7 +141,8 @@ def medians(rows):
     return {name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "steady"}
 
 
-def _summary(piece, least):
+def summary(piece, least=3):
+    """Medians of the steady rounds of a piece, and what else there is to say of them."""
     steady = [row for row in piece.rows if row["steady"]]
     enough = len(steady) >= least
     return {**medians(steady if enough else piece.rows), "steady": enough,
