@@ -252,6 +252,16 @@ def _report(name, r):
     sys.stdout.flush()
 
 
+def knows(key, compute):
+    """Whether this CPU has such products; what it has not is said."""
+    import promoe
+
+    if compute in promoe.backend_info()["computes"]:
+        return True
+    print(f"{key}: left out: level {promoe.backend_info()['level']} has no {compute} products")
+    return False
+
+
 def fits(name, config, batch, compute):
     """Whether training fits into memory, and whether sampling does: (bool, bool); what does not is said."""
     import promoe
@@ -274,6 +284,8 @@ def run(results, models, batches, computes, threads, seconds=SECONDS):
                 if results.has("steps", key):
                     print(f"{key}: measured already")
                     continue
+                if not knows(key, compute):
+                    continue
                 config = config_of(name)
                 training, sampling = fits(key, config, batch, compute)
                 if not sampling:
@@ -290,6 +302,8 @@ def run_scaling(results, models, batches, computes, threads, seconds=SECONDS):
                 key = f"ProMoE-{name} batch {batch} {compute}"
                 if results.has("threads", key) or threads < 2:
                     print(f"{key}: measured already" if threads > 1 else "one thread: nothing to scale to")
+                    continue
+                if not knows(key, compute):
                     continue
                 found = in_its_own_process(scale, config_of(name), batch, compute, threads, seconds)
                 results.add("threads", key, {"model": f"ProMoE-{name}", **found})

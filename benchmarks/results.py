@@ -45,10 +45,12 @@ class Results:
         return key in self.sections.get(section, {})
 
     def add(self, section, key, figures):
-        """Keep the figures of one measurement, and what it was measured beside; written at once."""
-        others = machine.load()
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.sections.setdefault(section, {})[key] = {**figures, "when": when, "others": round(others, 2)}
+        """Keep the figures of one measurement, and how busy others were after it; written at once."""
+        self.add_all(section, {key: figures})
+
+    def add_all(self, section, rows):
+        beside = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "others": round(machine.load(), 2)}
+        self.sections.setdefault(section, {}).update({key: {**row, **beside} for key, row in rows.items()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps({"machine": self.machine, **self.sections}, indent=1) + "\n")

@@ -333,12 +333,16 @@ def _report(key, found, what):
 
 def run(results, repo, python, models, batches, computes, threads, seconds, compiled=False, what=WHAT):
     """Measure, print and keep every model, batch and compute."""
+    from benchmarks import bench_step
+
     for model in models:
         for size in batches:
             for compute in computes:
                 key = f"ProMoE-{model} batch {size} {compute}{' compiled' if compiled else ''}"
                 if results.has("official", key):
                     print(f"{key}: compared already")
+                    continue
+                if not bench_step.knows(key, compute):
                     continue
                 found = compare(repo, python, model, size, compute, threads, seconds, compiled, what)
                 results.add("official", key, found)
