@@ -114,17 +114,16 @@ class Official:
             for e, p in zip(self.ema.parameters(), self.model.parameters()):
                 e.mul_(0.9999).add_(p, alpha=1 - 0.9999)
 
-    def evaluation(self, way, x, t, y, _, rounded=None):
+    def evaluation(self, way, x, t, y, _, exact=False):
         self.model.eval()
         with self.torch.no_grad():
-            rounded = self.bf16 if rounded is None else rounded
-            return self._call(way, rounded, *(self.torch.from_numpy(v) for v in (x, t, y))).numpy()
+            return self._call(way, self.bf16 and not exact, *(self.torch.from_numpy(v) for v in (x, t, y))).numpy()
 
-    def guided(self, way, x, t, y, _, rounded=None):
+    def guided(self, way, x, t, y, _, exact=False):
         """As in sample.py, from the noise x."""
         torch = self.torch
         self.model.eval()
-        rounded = self.bf16 if rounded is None else rounded
+        rounded = self.bf16 and not exact
         latents, y = torch.from_numpy(x), torch.from_numpy(y)
         sigmas = torch.linspace(1, 0, SAMPLE_STEPS + 1)
         with torch.no_grad():
@@ -168,10 +167,10 @@ class Ours:
         self.position += len(x)
         self.model.update(lr=1e-5)
 
-    def evaluation(self, _, x, t, y, target, rounded=None):
+    def evaluation(self, _, x, t, y, target, exact=False):
         return self.model.forward(x, t, y)
 
-    def guided(self, _, x, t, y, target, rounded=None):
+    def guided(self, _, x, t, y, target, exact=False):
         return self.model.sample(y, steps=SAMPLE_STEPS, cfg=GUIDANCE, noise=x, weights="live")
 
     def loss(self, *data):
@@ -199,8 +198,8 @@ def worker(a):
         began = time.perf_counter()
         if command in WHAT:
             getattr(side, command)(rest[0], *data)
-        elif command == "show":  # what, way, whether rounded, file
-            np.save(rest[3], getattr(side, rest[0])(rest[1], *data, rounded=rest[2] == "rounded"))
+        elif command == "show":  # what, way, "exact" (fp32) or "timed" (in the compute that is timed), file
+            np.save(rest[3], getattr(side, rest[0])(rest[1], *data, exact=rest[2] == "exact"))
         elif command == "save":
             np.savez(rest[0], **side.weights())
         elif command == "load":
@@ -252,13 +251,13 @@ def verify(official, ours, ways, compute, folder):
     official("save", f"{folder}/w.npz")
     ours("load", f"{folder}/w.npz")
 
-    def shown(side, what, way="eager", rounding="rounded"):
-        side("show", what, way, rounding, f"{folder}/shown.npy")
+    def shown(side, what, way="eager", how="timed"):
+        side("show", what, way, how, f"{folder}/shown.npy")
         return np.load(f"{folder}/shown.npy")
 
     found, bad = {}, []
     for what in ("evaluation", "guided"):
-        truth = shown(official, what, rounding="exact")
+        truth = shown(official, what, how="exact")
         sides = {"promoe": shown(ours, what)}
         sides |= {way: shown(official, what, way) for way in ways if compute != "fp32" or way != "eager"}
         for name, got in sides.items():
