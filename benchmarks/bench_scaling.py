@@ -58,10 +58,9 @@ def run(results, computes, threads, seconds=SECONDS, experts=EXPERTS, tokens=TOK
     for compute in computes:
         for section, value, config, batch in points(experts, tokens, **shape):
             key = f"{section} {value} {compute}"
-            if results.has("scaling", key):
-                print(f"{key}: measured already")
+            if not bench_step.knows(key, compute) or not results.due("scaling", key):
                 continue
-            if not bench_step.knows(key, compute) or not all(bench_step.fits(key, config, batch, compute)):
+            if not all(bench_step.fits(key, config, batch, compute)):
                 continue
             found = bench_step.in_its_own_process(measure, config, batch, compute, threads, seconds)
             results.add("scaling", key, {"curve": section, "value": value, **found})

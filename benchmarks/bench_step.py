@@ -177,7 +177,7 @@ def measure(config, batch, compute, threads, seconds, training=True, guided=None
         train = timed("step")
         train["images_per_second"] = batch / train["seconds"]
         train["share_of_bandwidth"] = train["bytes_floor"] / train["update_seconds"]
-        train["profile"] = _profile(job, level, threads, max(2, int(seconds / 4 / train["seconds"])))
+        train["profile"] = _profile(job, level, threads, max(1, int(seconds / 4 / train["seconds"])))
         found["train"] = train
     found["evaluation"] = timed("evaluation")
     if guided or (guided is None and (batch == 1 or config.num_params < 1e7)):
@@ -281,10 +281,7 @@ def run(results, models, batches, computes, threads, seconds=SECONDS):
         for batch in batches:
             for compute in computes:
                 key = f"ProMoE-{name} batch {batch} {compute}"
-                if results.has("steps", key):
-                    print(f"{key}: measured already")
-                    continue
-                if not knows(key, compute):
+                if not knows(key, compute) or not results.due("steps", key):
                     continue
                 config = config_of(name)
                 training, sampling = fits(key, config, batch, compute)
@@ -296,14 +293,13 @@ def run(results, models, batches, computes, threads, seconds=SECONDS):
 
 
 def run_scaling(results, models, batches, computes, threads, seconds=SECONDS):
+    if threads < 2:
+        return print("one thread: nothing to scale to")
     for name in models:
         for batch in batches:
             for compute in computes:
                 key = f"ProMoE-{name} batch {batch} {compute}"
-                if results.has("threads", key) or threads < 2:
-                    print(f"{key}: measured already" if threads > 1 else "one thread: nothing to scale to")
-                    continue
-                if not knows(key, compute):
+                if not knows(key, compute) or not results.due("threads", key):
                     continue
                 found = in_its_own_process(scale, config_of(name), batch, compute, threads, seconds)
                 results.add("threads", key, {"model": f"ProMoE-{name}", **found})

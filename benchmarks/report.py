@@ -215,7 +215,7 @@ def scaling(held):
         if rows:
             axes.legend(fontsize=7, frameon=False)
     left.set_title("cost against experts: ProMoE-S, batch 8", fontsize=10)
-    right.set_title("cost against tokens: ProMoE-S, about 2048 tokens a step", fontsize=10)
+    right.set_title("cost against tokens: ProMoE-S, 2048 a step", fontsize=10)
     return figure
 
 

@@ -14,10 +14,14 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 class Results:
-    """The figures of one commit on one machine, by section ("steps", "official", ...) and key."""
+    """The figures of one commit on one machine, by section ("steps", "official", ...) and key.
 
-    def __init__(self, threads, folder=FOLDER, again=False):
+    `minutes`: no figure is begun later than that; what is left is in `late`."""
+
+    def __init__(self, threads, folder=FOLDER, again=False, minutes=None):
         self.machine = machine.describe(threads)
+        self.until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        self.late = []
         self.path = self._find(Path(folder), again)
         self.sections = {}
         if self.path.exists():
@@ -41,8 +45,15 @@ class Results:
             path = folder / f"{name}-{other}.json"
         return path
 
-    def has(self, section, key):
-        return key in self.sections.get(section, {})
+    def due(self, section, key):
+        """Whether a figure is to be measured now: it is not there yet, and there is time."""
+        if key in self.sections.get(section, {}):
+            print(f"{key}: measured already")
+            return False
+        if time.monotonic() > self.until:
+            self.late.append(f"{section}: {key}")
+            return False
+        return True
 
     def add(self, section, key, figures):
         """Keep the figures of one measurement, and how busy others were after it; written at once."""

@@ -51,8 +51,8 @@ def clocked(function, threads):
         parts = function() or {}
         return Timing(time.perf_counter() - wall, (time.process_time() - cpu) / threads, parts)
 
-    once()  # warm
-    times = max(1, int(SHORTEST / once().seconds))
+    seconds = once().seconds  # warm
+    times = max(1, int(SHORTEST / once().seconds)) if seconds < 1 else 1
 
     def several():
         timings = [once() for _ in range(times)]

@@ -277,7 +277,9 @@ def test_a_result_file_names_its_machine_and_goes_on(held, tmp_path):
     text = json.loads(held.path.read_text())
     assert {"processor", "level", "threads", "when", "commit", "others", "alone"} <= set(text["machine"])
     again = results.Results(2, tmp_path)
-    assert again.path == held.path and again.has("steps", "a") and not again.has("steps", "b")
+    assert again.path == held.path and not again.due("steps", "a") and again.due("steps", "b")
+    late = results.Results(2, tmp_path, minutes=0)
+    assert not late.due("steps", "b") and late.late == ["steps: b"] and again.late == []
     assert results.Results(1, tmp_path).path != held.path
     assert results.Results(2, tmp_path, again=True).path != held.path
     assert results.newest(tmp_path) == held.path
@@ -310,3 +312,21 @@ def test_the_table_goes_between_its_marks(tmp_path):
     page.write_text("a\n")
     with pytest.raises(SystemExit, match="expected"):
         report.put_into(page, "new")
+
+
+def test_the_final_run_has_every_part_and_stops_in_time(quick, tmp_path, monkeypatch):
+    import benchmarks.__main__ as final
+
+    monkeypatch.setattr(machine, "commit", lambda: "0123456789ab")
+    kept = results.Results(2, tmp_path, minutes=0)
+    parts = final.parts(kept, 2, "repo", "python")
+    assert tuple(parts) == final.PARTS
+    assert set(final.parts(kept, 2, None, "python")) == set(final.PARTS) - set(final.OFFICIAL)
+    for runs in parts.values():
+        for run in runs:
+            run()  # there is no time: nothing is measured, and all of it is late
+    asked = {(model, batch) for model in "SBL" for batch in (1, 8, 32)} - {("L", 32)}
+    for model, batch in asked:
+        assert f"steps: ProMoE-{model} batch {batch} fp32" in kept.late
+    assert "official: ProMoE-S batch 8 fp32 compiled" in kept.late and "scaling: experts 128 fp32" in kept.late
+    assert not kept.path.exists()
