@@ -14,7 +14,8 @@ from typing import NamedTuple
 from benchmarks import peak
 
 STEADY = 0.10  # of the mean: by so much the two floors of a round may differ
-SHORTEST = 0.02  # seconds of a timed piece: what is shorter is run several times in a row
+SHORTEST = 0.05  # seconds of a timed piece: what is shorter is run several times in a row
+COLD = 0.5  # seconds: what is shorter is run once more before, as in a loop: measuring bandwidth emptied the caches
 MOST = 15  # rounds
 PATIENCE = 3  # times the seconds asked for, at most, until there are enough steady rounds
 
@@ -55,6 +56,8 @@ def clocked(function, threads):
     times = max(1, int(SHORTEST / once().seconds)) if seconds < 1 else 1
 
     def several():
+        if seconds < COLD:
+            once()
         timings = [once() for _ in range(times)]
         mean = lambda values: sum(values) / times  # noqa: E731
         return Timing(mean([t.seconds for t in timings]), mean([t.cpu for t in timings]),
