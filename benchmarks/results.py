@@ -35,7 +35,7 @@ class Results:
         m = self.machine
         name = f"{m['when'][:10]}-{m['level']}-{m['commit'].replace('+', '-changed')}"
         if not again and not m["commit"].endswith("+") and m["commit"] != "unknown":
-            for path in sorted(folder.glob(f"*-{m['level']}-{m['commit']}*.json"), reverse=True):
+            for path in sorted(folder.glob(f"*{name[10:]}*.json"), reverse=True):
                 held = json.loads(path.read_text())["machine"]
                 if all(held[k] == m[k] for k in ("processor", "cores", "level", "threads", "commit")):
                     return path

@@ -138,10 +138,20 @@ def test_step_without_training(quick):
     assert "train" not in found and found["memory"]["estimate"] == promoe.memory_estimate(TINY, 1, False)["total"]
 
 
-def test_threads(quick):
+def test_threads(quick, monkeypatch):
+    used = {"step": [], "evaluation": []}
+    for what, counted in used.items():
+        real = getattr(bench_step.Job, what)
+
+        def run(self, counted=counted, real=real):
+            counted.append(promoe.get_num_threads())
+            return real(self)
+        monkeypatch.setattr(bench_step.Job, what, run)
     found = bench_step.scale(TINY, 1, "fp32", 2, 0.0)
     assert found["step"]["speedup"] == found["step"]["1"]["seconds"] / found["step"]["2"]["seconds"]
     assert found["step"]["peak_speedup"] == 1
+    for counted in used.values():  # 1 1 .. 2 2 .. once to warm, and in each of three rounds
+        assert [a for a, b in zip(counted, [*counted[1:], 0]) if a != b] == [1, 2] * 4
 
 
 def test_what_does_not_fit_is_left_out_aloud(monkeypatch, capsys):
