@@ -20,6 +20,16 @@ COLOURS = {"fp32": "#1f77b4", "bf16": "#ff7f0e"}
 PARTS = {"train": "training step", "evaluation": "one evaluation"}
 
 
+MODELS = ("S", "B", "L", "XL")  # and then all others
+
+
+def in_order(rows):
+    """By model, batch and compute, in whatever order they were measured."""
+    sizes = [f"ProMoE-{model}" for model in MODELS]
+    place = lambda row: sizes.index(row["model"]) if row["model"] in sizes else len(sizes)  # noqa: E731
+    return sorted(rows, key=lambda row: (place(row), row["batch"], list(COLOURS).index(row["compute"])))
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -54,7 +64,7 @@ def machine_line(held):
 
 def step_table(steps):
     rows = []
-    for row in steps.values():
+    for row in in_order(steps.values()):
         train, evaluation, memory = row.get("train"), row["evaluation"], row["memory"]
         cells = ["does not fit", "", "", ""] if not train else \
             [_seconds(train["seconds"]) + _mark(train), f"{train['images_per_second']:.2f}",
@@ -67,7 +77,7 @@ def step_table(steps):
 
 def guided_table(steps):
     rows = [[_name(row), _seconds(g["seconds"]) + _mark(g), _percent(g["share_of_floor"]), f"{g['times_operations']:.2f}"]
-            for row in steps.values() if (g := row.get("guided"))]
+            for row in in_order(steps.values()) if (g := row.get("guided"))]
     if not rows:
         return ""
     few = {row["guided"]["steps"] for row in steps.values() if "guided" in row}
@@ -87,7 +97,7 @@ def small_table(steps):
 
 def official_table(comparisons):
     rows = []
-    for row in comparisons.values():
+    for row in in_order(comparisons.values()):
         for what in ("step", "evaluation", "guided"):
             if what not in row:
                 continue
@@ -156,15 +166,15 @@ def shares(held):
     """Bars: the share of the floor of every model, batch and compute."""
     figure = _figure(figsize=(9, 3.4))
     cells = {}
-    for row in held["steps"].values():
+    for row in in_order(held["steps"].values()):
         cells.setdefault((row["model"].removeprefix("ProMoE-"), row["batch"]), {})[row["compute"]] = row
     computes = [c for c in COLOURS if any(c in cell for cell in cells.values())]
     for axes, (part, title) in zip(figure.subplots(1, 2, sharey=True), PARTS.items()):
         shown = [(name, cell) for name, cell in cells.items() if any(part in row for row in cell.values())]
         width = 0.8 / len(computes)
         for i, compute in enumerate(computes):
-            at = [x + (i - (len(computes) - 1) / 2) * width for x, (_, cell) in enumerate(shown)
-                  if part in cell.get(compute, {})]
+            at = [x + (i - (len(computes) - 1) / 2) * width if len(cell) > 1 else x
+                  for x, (_, cell) in enumerate(shown) if part in cell.get(compute, {})]
             high = [100 * cell[compute][part]["share_of_floor"] for _, cell in shown if part in cell.get(compute, {})]
             axes.bar(at, high, 0.92 * width, color=COLOURS[compute], label=compute)
             for x, y in zip(at, high):

@@ -314,6 +314,13 @@ def test_tables_and_pictures(held, tmp_path):
     assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["cpu.png", "scaling.png"]
 
 
+def test_figures_stand_in_order():
+    rows = [{"model": f"ProMoE-{m}", "batch": b, "compute": c} for m, b, c in
+            [("digits", 64, "fp32"), ("B", 1, "bf16"), ("S", 8, "fp32"), ("B", 1, "fp32"), ("S", 1, "fp32")]]
+    assert [(r["model"][7:], r["batch"], r["compute"]) for r in report.in_order(rows)] == [
+        ("S", 1, "fp32"), ("S", 8, "fp32"), ("B", 1, "fp32"), ("B", 1, "bf16"), ("digits", 64, "fp32")]
+
+
 def test_the_table_goes_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nb\n")
