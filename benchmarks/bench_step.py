@@ -117,7 +117,7 @@ class Job:
                 "guided": lambda: counts.forward(c, 2 * GUIDED_STEPS * self.batch)}
         return rounds.Piece(rounds.clocked(getattr(self, what), threads),
                             counts.by_compute(work[what](), self.compute), threads,
-                            counts.optimizer_bytes(c.num_params) if what == "step" else 0)
+                            counts.optimizer_bytes(c.num_params, self.compute) if what == "step" else 0)
 
 
 def _profile(job, level, threads, repeats):

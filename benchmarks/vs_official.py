@@ -302,7 +302,7 @@ def compare(repo, python, model, size, compute, threads, seconds, compiled=False
                 run = lambda side=side, way=way, command=command: rounds.Timing(side(command, way)["seconds"])
                 run(), run()  # warm; and compiled
                 pieces[name] = rounds.Piece(run, counts.by_compute(operations, compute), threads,
-                                           counts.optimizer_bytes(parameters))
+                                           counts.optimizer_bytes(parameters, compute if side is ours else None))
             result = rounds.take(pieces, level, seconds)
             for way in ways:
                 result[way]["ratio"] = _ratio(result[way]["rounds"], result["promoe"]["rounds"])

@@ -67,7 +67,9 @@ def test_operations_by_the_kind_of_product():
 
 def test_floor():
     assert counts.floor(100, fma=50) == 2
-    assert counts.floor(100, fma=50, parameters=10, update=360) == 3
+    assert counts.floor(100, fma=50, parameters=10, update=400) == 3
+    assert counts.floor(100, fma=50, parameters=10, update=440, compute="bf16") == 3
+    assert counts.optimizer_bytes(10, "fp32") == 480
 
 
 # ---------------------------------------------------------------- how they time
