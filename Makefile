@@ -90,7 +90,7 @@ $(VENV)/bench: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check 'pytest-benchmark>=4.0'
 	touch $@
 
-# Every op and a step of ProMoE-S beside the peaks of this machine -> benchmarks/results/. BENCH="--model S B --batch 1 8 32"
+# Every op and a step of ProMoE-S beside the peaks of this machine -> benchmarks/results/. All that the README shows: BENCH=--final
 bench: build $(VENV)/bench
 	$(PY) -m benchmarks $(BENCH)
 

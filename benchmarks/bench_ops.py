@@ -1,27 +1,33 @@
-"""Every op at the shapes of ProMoE-S and ProMoE-B, batch 8, forward and backward: verified, then timed.
+"""Every op at the shapes of ProMoE-S and ProMoE-B, batch 8, forward and backward, fp32 and bf16: verified, then timed.
 
-    python -m pytest benchmarks/bench_ops.py [-k "S-experts"] [--benchmark-json=FILE]
+    python -m pytest benchmarks/bench_ops.py [-k "ProMoE-S-experts and fp32"] [--benchmark-json=FILE]
 
-`extra_info` has the share of the FMA peak for products (measured before and after the op) and GB/s for the others: the bytes
-of all their arrays, each moved once. The ops are called as a user of `promoe.ops` does, with the checks of its arguments,
-scratch of its own, and the packing of a weight that a model keeps packed: `bench_step.py` has their time within a step.
-An op is verified with the same widths on one image, since the oracles are slow.
+`extra_info` has the share of the peak for products, and for the others the share of the bandwidth: the bytes of all
+their arrays, each moved once (of arrays that fit into the caches it may pass 100 %). Both are measured around every round
+(`rounds.py`). The ops are called as a user of `promoe.ops` does, with the checks of its arguments, scratch of its
+own, and the packing of a weight that a model keeps packed: `bench_step.py` has their time within a step.
+An op is verified with the same widths on one image, since the oracles are slow. In bf16 there are the ops whose products
+follow `compute`; the rest is the same as in fp32.
 """
 
-import time
+import functools
 
 import numpy as np
 import pytest
 
 import promoe
-from benchmarks import machine, peak
+from benchmarks import counts, machine, rounds
 from promoe import ops
 from tests.ops.common import cast, compare, oracle
+from tests.ops.test_compute import assert_near
 from tests.oracle import experts as experts_oracle
 from tests.oracle.adamw import hyper
 
 BATCH = 8
 SIZES = ("S", "B")
+COMPUTES = ("fp32", "bf16")
+ROUNDS = 7
+MIXED = ("gaussian_noise", "rectified_flow", "grad_norm", "adamw")  # kinds of float are mixed: 1e-5 of the largest value
 
 
 # ---------------------------------------------------------------- the cases, in the order of ops.def
@@ -39,7 +45,7 @@ def cases(config, B):
     A name is that of the op, and which of its uses when there are several."""
     c, T, D, E = config, config.tokens, config.hidden_size, config.num_routed_experts
     N, heads, sizes, patches = B * T, c.num_heads * c.head_size, (1, *c.sizes), (1, *c.patches)
-    volume, voxels, M = int(np.prod(c.patches)), int(np.prod(c.sizes)), min(c.num_params, 1 << 26)
+    volume, voxels, M = int(np.prod(c.patches)), int(np.prod(c.sizes)), min(c.num_params, 1 << 25)
     widths = (c.expert_width,) * c.plan_groups
     if B == 1:
         M = 1 << 16  # of the verification
@@ -90,9 +96,17 @@ def cases(config, B):
 
 
 PRESETS = {size: promoe.preset(f"ProMoE-{size}") for size in SIZES}
-CASES = [pytest.param(size, name, way, id=f"{size}-{name.replace(' ', '_')}-{way}") for size in SIZES
-         for name, (op, _, _) in cases(PRESETS[size], BATCH).items()
-         for way in ("forward", "backward") if hasattr(ops, f"{op}_{way}")]
+
+
+def listed(config, batch):
+    """(name, forward or backward, compute) of every case."""
+    return [(name, way, compute) for name, (op, _, _) in cases(config, batch).items()
+            for way in ("forward", "backward") if hasattr(ops, f"{op}_{way}")
+            for compute in COMPUTES if compute == "fp32" or op in counts.FOLLOW_COMPUTE]
+
+
+CASES = [pytest.param(size, *case, id="-".join([f"ProMoE-{size}", *case]).replace(" ", "_")) for size in SIZES
+         for case in listed(PRESETS[size], BATCH)]
 
 
 def test_every_op_has_a_case():
@@ -102,14 +116,15 @@ def test_every_op_has_a_case():
 # ---------------------------------------------------------------- a call, and what it moves
 
 
-def call(op, way, inputs, rng):
+def call(op, way, compute, inputs, rng):
     """(function, all its arguments with buffers for what it writes, what backward gets besides the inputs)."""
     inplace = {name for kind, name, *_ in promoe._core._fields()[op] if kind in ("INOUT", "INOPT")}
-    outs = getattr(ops, f"{op}_forward")(**{k: v.copy() if k in inplace else v for k, v in inputs.items()})
+    forward = functools.partial(getattr(ops, f"{op}_forward"), compute=compute)
+    outs = forward(**{k: v.copy() if k in inplace else v for k, v in inputs.items()})
     if way == "forward":
-        return ops.__dict__[f"{op}_forward"], inputs | {k: v for k, v in outs.items() if k not in inplace}, {}
+        return forward, inputs | {k: v for k, v in outs.items() if k not in inplace}, {}
     upstream = {"d" + name: rng.standard_normal(outs[name].shape).astype(np.float32) for name in ops.upstream(op)}
-    backward = getattr(ops, f"{op}_backward")
+    backward = functools.partial(getattr(ops, f"{op}_backward"), compute=compute)
     grads = backward(**inputs, **outs, **upstream)
     return backward, inputs | outs | upstream | grads, upstream
 
@@ -128,22 +143,24 @@ def moved(op, arguments):
     return total
 
 
-def verify(op, way, inputs, rng):
-    """The result of one call against the float64 oracle, within what a naive float32 computation errs."""
+def verify(op, way, compute, inputs, rng):
+    """The result of one call against the float64 oracle: fp32 within what a naive computation errs, bf16 within its own."""
     fresh = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in inputs.items()}
-    got = getattr(ops, f"{op}_forward")(**fresh)
-    if op in ("gaussian_noise", "rectified_flow", "grad_norm", "adamw"):  # kinds of float are mixed: 1e-5 of the largest
-        for name, truth in oracle(op).forward(**cast(inputs, np.float64)).items():
-            np.testing.assert_allclose(got[name], truth, rtol=0, atol=1e-5 * (np.abs(truth).max() + 1e-30),
-                                       err_msg=name)
-    elif way == "forward":
-        compare(op, got, inputs, floor=16)
-    else:
-        _, arguments, upstream = call(op, way, inputs, rng)
-        truth = oracle(op).backward(**cast(inputs | upstream, np.float64))
+    forward = way == "forward"
+    got = getattr(ops, f"{op}_forward")(**fresh, compute=compute)
+    upstream = {}
+    if not forward:
+        _, got, upstream = call(op, way, compute, inputs, rng)
+    if compute != "fp32" or not forward or op in MIXED:
+        truth = getattr(oracle(op), way)(**cast(inputs | upstream, np.float64))
+    if compute != "fp32":
+        assert_near(got, truth)
+    elif not forward or op in MIXED:
         for name, value in truth.items():
-            np.testing.assert_allclose(arguments[name], value, rtol=0, atol=1e-4 * (np.abs(value).max() + 1e-30),
-                                       err_msg=name)
+            np.testing.assert_allclose(got[name], value, rtol=0, err_msg=name,
+                                       atol=(1e-5 if forward else 1e-4) * (np.abs(value).max() + 1e-30))
+    else:
+        compare(op, got, inputs, floor=16)
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -154,35 +171,46 @@ def head():
     return machine.describe()
 
 
-@pytest.mark.parametrize("size, name, way", CASES)
-def test_op(benchmark, head, size, name, way):
+def bench(benchmark, head, config, batch, name, way, compute):
+    """Verify one case, time it, and leave its figures in `benchmark.extra_info`.
+
+    Every round is a single call, right after another that warms it, between two measurements of the peaks."""
     rng = np.random.default_rng(0)
-    op, make, _ = cases(PRESETS[size], 1)[name]
-    verify(op, way, make(rng), rng)
-    op, make, operations = cases(PRESETS[size], BATCH)[name]
-    run, arguments, _ = call(op, way, make(rng), rng)
-    benchmark.group = f"ProMoE-{size}"
-    began = time.perf_counter()
-    run(**arguments)
-    several = max(1, min(1000, int(1e-3 / (time.perf_counter() - began))))  # a round of a millisecond or more
+    op, make, _ = cases(config, 1)[name]
+    verify(op, way, compute, make(rng), rng)
+    op, make, operations = cases(config, batch)[name]
+    run, arguments, _ = call(op, way, compute, make(rng), rng)
     gradient = arguments["grad"].copy() if op == "adamw" else None  # which adamw empties
 
     def refill():
-        arguments["grad"][:] = gradient
-        return (), arguments
+        if gradient is not None:
+            arguments["grad"][:] = gradient
 
-    level, threads = head["level"], head["threads"]
-    before = peak.fma(level, threads)
-    benchmark.pedantic(run, kwargs=None if op == "adamw" else arguments, rounds=7,
-                       setup=refill if op == "adamw" else None,
-                       iterations=1 if op == "adamw" else several, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    info = {"op": op, "median_seconds": seconds}
     if operations:
         operations *= {"forward": 1, "backward": 2.5 if op == "attention" else 2}[way]
-        fma = (before.wall + peak.fma(level, threads).wall) / 2
-        info |= {"gflops": operations / seconds / 1e9, "fma_gflops": fma / 1e9,
-                 "share_of_peak": operations / seconds / fma}
+        piece = rounds.Piece(run, counts.by_compute({op: operations}, compute), head["threads"])
     else:
-        info["gb_per_s"] = moved(op, arguments) / seconds / 1e9
-    benchmark.extra_info |= info
+        piece = rounds.Piece(run, {}, head["threads"], moved(op, arguments))
+    around = []
+
+    def before_a_round():
+        around.append(rounds.peaks(head["level"], piece.threads, piece.kinds))
+        refill()
+        run(**arguments)
+        refill()
+
+    benchmark.pedantic(lambda: run(**arguments), setup=before_a_round, rounds=ROUNDS, iterations=1)
+    around.append(rounds.peaks(head["level"], piece.threads, piece.kinds))
+    for seconds, before, after in zip(benchmark.stats.stats.data, around, around[1:]):
+        piece.rows.append(rounds.row(piece, rounds.Timing(seconds), before, after))
+    found = rounds.summary(piece)
+    del found["rounds"]
+    benchmark.extra_info |= {"op": op, "way": way, "compute": compute, "of": "peak" if operations else "bandwidth", **found}
+
+
+@pytest.mark.parametrize("size, name, way, compute", CASES)
+def test_op(benchmark, head, size, name, way, compute):
+    if compute not in promoe.backend_info()["computes"]:
+        pytest.skip(f"this CPU has no {compute} products")
+    benchmark.group = f"ProMoE-{size}"
+    bench(benchmark, head, PRESETS[size], BATCH, name, way, compute)

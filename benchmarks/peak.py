@@ -89,8 +89,10 @@ def _rounds(level):
     return int(SECONDS * rate / (2 * width * chains))
 
 
-def fma(level, threads, times=3):
+def fma(level, threads, compute="fp32", times=3):
     """Operations per second, a multiply-add counted as two: the median of `times` short measurements."""
+    if compute != "fp32":
+        raise ValueError(f"peak: there is no measurement of {compute} products yet")
     return _median(_library(level).peak_fma, threads, _rounds(level), times=times)
 
 
@@ -113,7 +115,7 @@ def main():
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--level", choices=FLAGS, default=level)
     a = parser.parse_args()
-    speeds = bandwidth(a.level, a.threads) | {"FMA": fma(a.level, a.threads, 9)}
+    speeds = bandwidth(a.level, a.threads) | {"FMA": fma(a.level, a.threads, times=9)}
     for name, unit in (("FMA", "GFLOP/s"), ("read", "GB/s"), ("update", "GB/s")):
         rate = speeds[name]
         print(f"{a.level}, {a.threads} threads: {name:<6} {rate.wall / 1e9:7.1f} {unit}  "

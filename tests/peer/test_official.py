@@ -110,3 +110,18 @@ def capture_auxiliary_losses(model):
             block.mlp.register_forward_hook(lambda _, __, result: found.append(result[1]) if result[1] is not None
                                             else None)
     return found
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_the_comparison_of_speeds_runs(official_repo, compute):
+    """benchmarks/vs_official.py on a tiny model: it verifies, then it times."""
+    pytest.importorskip("torch")
+    import sys
+
+    from benchmarks import vs_official
+
+    if compute not in promoe.backend_info()["computes"]:
+        pytest.skip(f"this CPU has no {compute} products")
+    found = vs_official.compare(official_repo, sys.executable, "tiny", 2, compute, 1, 0.0)
+    for what in vs_official.WHAT:
+        assert found[what]["eager"]["ratio"] > 0
