@@ -310,7 +310,10 @@ static pm_status optimize(pm_run *r, pm_model *m, bool has_ema)
                                .param = m->slab[PM_SLAB_PARAM],
                                .m = m->slab[PM_SLAB_M],
                                .v = m->slab[PM_SLAB_V],
-                               .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL});
+                               .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL,
+                               .twins = {.count = m->derived ? m->layout.matrix_count : 0,
+                                         .list = m->twins,
+                                         .derived = m->derived}});
     return PM_OK;
 }
 
@@ -349,7 +352,7 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
         m->skipped++;
     } else {
         m->step++;
-        PM_TRY(pm_model_derive(ctx, m));
+        m->ema_derived_fresh = false;
     }
     *info = (pm_step_info){.mse = m->mse / m->weight,
                            .aux = m->aux / m->weight,

@@ -31,6 +31,7 @@
 #define FIELD_SAVED(name, type, shape) ARRAY(BIND_SAVED, name, type, shape, NONE)
 #define FIELD_INOUT(name, type, shape) ARRAY(BIND_INOUT, name, type, shape, NONE)
 #define FIELD_INOPT(name, type, shape) ARRAY(BIND_INOPT, name, type, shape, NONE)
+#define FIELD_TWINS(name) /* not Python's */
 #define FIELD_INT(name, value) SCALAR(BIND_INT, name, NULL, value)
 #define FIELD_REAL(name, value) SCALAR(BIND_REAL, name, NULL, value)
 #define FIELD_ENUM(name, words, value) SCALAR(BIND_ENUM, name, words, value)
