@@ -34,8 +34,8 @@ static void grad_norm_task(void *arg, int64_t task, int worker)
     for (; i + 16 <= n; i += 16) {
         __builtin_prefetch(x + i + GRAD_NORM_FAR, 0, 2);
         __builtin_prefetch(x + i + GRAD_NORM_NEAR);
-        _Pragma("GCC unroll 8") for (int k = 0; k < GRAD_NORM_SUMS; k++)
-        {
+        _Pragma("GCC unroll 8")
+        for (int k = 0; k < GRAD_NORM_SUMS; k++) {
             const grad_norm_vf *from = (const grad_norm_vf *)(x + i + k * GRAD_NORM_LANES);
             const grad_norm_vd wide = __builtin_convertvector(*from, grad_norm_vd);
             sum[k] += wide * wide;

@@ -57,8 +57,9 @@ static inline __attribute__((always_inline)) void twin_forward(pm_compute kind, 
 }
 
 /* The n rows of a strip to the same rows of each panel. */
-static inline __attribute__((always_inline)) void
-twin_backward(pm_compute kind, int64_t n, int64_t F, int64_t D, const float *w, product_word *to)
+static inline __attribute__((always_inline)) void twin_backward(pm_compute kind, int64_t n,
+                                                                int64_t F, int64_t D,
+                                                                const float *w, product_word *to)
 {
     const int64_t words = product_words(kind, F), per = product_per_word(kind);
     for (int64_t p = 0; p < D; p += PM_NR)

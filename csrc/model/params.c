@@ -19,8 +19,8 @@ struct pm_walk {
     int64_t derived;        /* next free byte of the derived slab */
     int64_t index, numbers; /* tensors named so far, and the numbers in them */
     int64_t matrix_count;
-    pm_twin *matrices; /* NULL: only count */
-    pm_param_visitor visit;  /* NULL: no names wanted */
+    pm_twin *matrices;      /* NULL: only count */
+    pm_param_visitor visit; /* NULL: no names wanted */
     void *arg;
     pm_status status; /* of the first visit that failed: no more names then */
 };

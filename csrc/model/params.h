@@ -59,7 +59,7 @@ typedef struct {
     int64_t patch_bias, time0_bias, time2_bias, final_bias, final_adaln_bias;
     int64_t table;
     pm_block_places *blocks; /* depth */
-    pm_twin *matrices; /* in the order of the slabs */
+    pm_twin *matrices;       /* in the order of the slabs */
     int64_t matrix_count;
 } pm_layout;
 

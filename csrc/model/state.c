@@ -182,8 +182,7 @@ static pm_status derive_all(pm_ctx *ctx, const pm_layout *layout, const float *p
 {
     for (int64_t i = 0; i < layout->matrix_count; i++) {
         const pm_twin *d = &layout->matrices[i];
-        PM_TRY(
-            ctx->backend->derive(ctx, d->F, d->D, param + d->at, derived + d->derived));
+        PM_TRY(ctx->backend->derive(ctx, d->F, d->D, param + d->at, derived + d->derived));
     }
     return PM_OK;
 }
