@@ -85,8 +85,8 @@ def _turns(run, operations, level, threads, rounds, parameters=0):
         rows.append({
             "seconds": wall, "fma_gflops": fma.wall / 1e9, "update_gb_s": update.wall / 1e9,
             "fma_gflops_cpu": fma.cpu / 1e9,
-            "share_of_floor": counts.floor(operations, fma.wall, parameters, update.wall) / wall,
-            "share_of_floor_cpu": counts.floor(operations, fma.cpu, parameters, update.cpu) / cpu})
+            "share_of_floor": counts.floor(operations, fma.wall, parameters, update.wall, "fp32") / wall,
+            "share_of_floor_cpu": counts.floor(operations, fma.cpu, parameters, update.cpu, "fp32") / cpu})
     if not parameters:
         for row in rows:
             del row["update_gb_s"]

@@ -30,4 +30,5 @@ def test_operations_of_other_models():
 
 def test_floor():
     assert counts.floor(100, fma=50) == 2
-    assert counts.floor(100, fma=50, parameters=10, update=360) == 3
+    assert counts.floor(100, fma=50, parameters=10, update=400) == 3
+    assert counts.floor(100, fma=50, parameters=10, update=480, compute="fp32") == 3
