@@ -18,8 +18,7 @@ typedef float vf __attribute__((vector_size(4 * PM_WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * PM_WIDTH)));
 typedef float vf_loose __attribute__((vector_size(4 * PM_WIDTH), aligned(4), may_alias));
 
-/* v_stream: a store past the cache, to an address aligned as a vector is; v_stream_end comes before
- * anybody else may look. */
+/* v_stream: a store past the caches, to an address aligned as a vector is. */
 static inline vf v_load(const float *p) { return *(const vf_loose *)p; }
 static inline void v_store(float *p, vf x) { *(vf_loose *)p = x; }
 static inline vf v_set(float x) { return x - (vf){0}; }
@@ -35,7 +34,6 @@ static inline vf v_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512
 static inline vf v_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
 static inline vf v_round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 8); }
 static inline void v_stream(float *p, vf x) { _mm512_stream_ps(p, (__m512)x); }
-static inline void v_stream_end(void) { _mm_sfence(); }
 #elif PM_WIDTH == 8 && defined(__AVX2__) && defined(__FMA__)
 static inline vf v_fma(vf a, vf b, vf c)
 {
@@ -46,7 +44,6 @@ static inline vf v_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256
 static inline vf v_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
 static inline vf v_round(vf a) { return (vf)_mm256_round_ps((__m256)a, 8); }
 static inline void v_stream(float *p, vf x) { _mm256_stream_ps(p, (__m256)x); }
-static inline void v_stream_end(void) { _mm_sfence(); }
 #else
 static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf v_max(vf a, vf b)
@@ -71,7 +68,6 @@ static inline vf v_round(vf a) /* to nearest even, |a| < 2^22 */
     return (a + big) - big;
 }
 static inline void v_stream(float *p, vf x) { v_store(p, x); }
-static inline void v_stream_end(void) {}
 #endif
 
 /* A store; past the caches when it is far, unless the vector is only a part of a cache line. What was
