@@ -353,3 +353,16 @@ static inline vf v_dgelu(vf x)
     v_gelu_slope(x, &slope);
     return slope;
 }
+
+/* SiLU: x * sigmoid(x). *slope: its derivative. */
+static inline vf v_silu_slope(vf x, vf *slope)
+{
+    const vf one = v_set(1.0f), s = one / (one + v_exp_quick(-x)), y = x * s;
+    *slope = v_fma(y, one - s, s);
+    return y;
+}
+static inline vf v_silu(vf x)
+{
+    vf slope;
+    return v_silu_slope(x, &slope);
+}
