@@ -55,6 +55,21 @@ typedef struct {
     const void *derived;
 } pm_weight;
 
+/* A weight matrix (F, D) that starts at element `at` of a slab, and its derived twin at byte `derived`
+ * of the derived slab. */
+typedef struct {
+    int64_t F, D, at, derived;
+} pm_twin;
+
+/* The matrices of a slab, for an op that rewrites their twins while it has the rows at hand: `list`
+ * (count of them, in the order of the slab, none sharing an element) and the derived slab lie in
+ * backend memory, so that a recorded step stays valid. count 0: there are none. */
+typedef struct {
+    int64_t count;
+    const pm_twin *list;
+    void *derived;
+} pm_twins;
+
 /* A number of an activation in memory is what the backend says: a float on a CPU, a float or a bf16
  * on a GPU (act_bytes below). So only a backend knows the type, and defines PM_ACT before it includes
  * this header; to everyone else it is incomplete, and arithmetic on a pointer to it does not compile.
@@ -90,6 +105,8 @@ typedef struct pm_act pm_act;
  *   X(SAVED, name, type, "shape")       an output that only backward needs (NULL when there will be
  *                                       no backward)
  *   X(INOUT, name, type, "shape")       updated in place;  X(INOPT, ...) the same, and may be NULL
+ *   X(TWINS, name)                      matrices whose twins the op rewrites; a model has them, a caller
+ *                                       of promoe.ops has not
  *   X(INT,   name, default)  X(REAL, name, default)  X(ENUM, name, "a|b|c", default)
  *
  * A shape is a comma-separated list of sums of products of dims and integers: "B*T,3*D", "G+1".
@@ -103,6 +120,7 @@ typedef struct pm_act pm_act;
 #define PM_ARGS_SAVED(name, type, shape) PM_CTYPE_##type *name;
 #define PM_ARGS_INOUT(name, type, shape) PM_CTYPE_##type *name;
 #define PM_ARGS_INOPT(name, type, shape) PM_CTYPE_##type *name;
+#define PM_ARGS_TWINS(name) pm_twins name;
 #define PM_ARGS_INT(name, value) int64_t name;
 #define PM_ARGS_REAL(name, value) double name;
 #define PM_ARGS_ENUM(name, words, value) int name;
@@ -123,6 +141,7 @@ typedef struct pm_act pm_act;
 #define PM_GRADS_SAVED(name, type, shape)
 #define PM_GRADS_INOUT(name, type, shape)
 #define PM_GRADS_INOPT(name, type, shape)
+#define PM_GRADS_TWINS(name)
 #define PM_GRADS_INT(name, value)
 #define PM_GRADS_REAL(name, value)
 #define PM_GRADS_ENUM(name, words, value)

@@ -777,7 +777,7 @@ class Model:
         -------
         dict
             What was counted until now: "<op> forward", "<op> backward" and "derive" (packing the weights
-            after an update) -> {"seconds", "calls"}, the slowest first.
+            after a load) -> {"seconds", "calls"}, the slowest first.
         """
         rows = self._core.profile(None if on is None else bool(on))
         return {op if op == "derive" else f"{op} {'backward' if backward else 'forward'}":

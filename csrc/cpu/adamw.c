@@ -1,10 +1,15 @@
 /* adamw: contract in ops/adamw.h. Bound by memory: every array is read once and written once. */
 
 enum { ADAMW_BLOCK = 16384 };
+/* Floats of each array that are fetched ahead, a page of 4 KB: 6 % faster than the hardware's own
+ * fetching, which begins anew at every page. Farther is slower. */
+enum { ADAMW_AHEAD = 1024 };
 
 /* What is the same for all elements, worked out in double. */
 typedef struct {
     const pm_adamw_args *g;
+    pm_compute kind;
+    const int64_t *first; /* adamw_cut */
     bool skip;
     float scale;             /* c, of the clip */
     float decay;             /* lr weight_decay */
@@ -18,8 +23,8 @@ typedef struct {
 
 static size_t adamw_workspace(const pm_ctx *ctx, const pm_adamw_args *g, bool backward)
 {
-    (void)ctx, (void)g, (void)backward;
-    return 0;
+    (void)ctx, (void)backward;
+    return pm_round64((size_t)(g->twins.count + 2) * sizeof(int64_t)); /* adamw_cut */
 }
 
 /* PM_WIDTH elements; p is updated in place and returned. */
@@ -39,18 +44,23 @@ static inline vf adamw_average(const adamw_job *job, vf avg, vf p)
     return v_fma(v_set(job->ema_rest), p - avg, avg);
 }
 
-static void adamw_task(void *arg, int64_t task, int worker)
+/* Elements begin..end-1 of the slabs. */
+static void adamw_range(const adamw_job *job, int64_t begin, int64_t end)
 {
-    (void)worker;
-    const adamw_job *const job = arg;
     const pm_adamw_args *const a = job->g;
-    const int64_t begin = task * ADAMW_BLOCK, end = pm_min(a->M, begin + ADAMW_BLOCK);
     int64_t i = begin;
     if (job->skip) {
         memset(a->grad + begin, 0, (size_t)(end - begin) * sizeof(float));
         return;
     }
     for (; i + PM_WIDTH <= end; i += PM_WIDTH) {
+        const int64_t ahead = i + ADAMW_AHEAD;
+        __builtin_prefetch(a->param + ahead, 1, 2);
+        __builtin_prefetch(a->grad + ahead, 1, 2);
+        __builtin_prefetch(a->m + ahead, 1, 2);
+        __builtin_prefetch(a->v + ahead, 1, 2);
+        if (a->avg)
+            __builtin_prefetch(a->avg + ahead, 1, 2);
         vf m = v_load(a->m + i), v = v_load(a->v + i);
         const vf p = adamw_move(job, v_load(a->param + i), v_load(a->grad + i), &m, &v);
         v_store(a->param + i, p);
@@ -73,9 +83,75 @@ static void adamw_task(void *arg, int64_t task, int worker)
     }
 }
 
+/* Rows f.. of a matrix, a panel of them, and their twins: a strip goes back to the twins while it is
+ * in the cache. */
+static void adamw_panel(const adamw_job *job, const pm_twin *matrix, int64_t f)
+{
+    const int64_t D = matrix->D;
+    float *const w = job->g->param + matrix->at;
+    const twin t =
+        twin_at(job->kind, matrix->F, D, (char *)job->g->twins.derived + matrix->derived);
+    for (const int64_t end = f + PM_NR; f < end; f += TWIN_ROWS) {
+        if (f < matrix->F)
+            adamw_range(job, matrix->at + f * D, matrix->at + pm_min(matrix->F, f + TWIN_ROWS) * D);
+        if (!job->skip)
+            twin_strip(&t, f, w + f * D);
+    }
+}
+
+/* Piece i of the slab: what lies between matrix i - 1 and matrix i, in blocks, and then matrix i, in
+ * panels. Behind the last matrix there is no other. */
+typedef struct {
+    int64_t begin, end, blocks; /* before the matrix */
+    const pm_twin *matrix;      /* NULL: the last piece */
+} adamw_piece;
+
+static adamw_piece adamw_piece_at(const pm_adamw_args *g, int64_t i)
+{
+    const pm_twin *const last = i > 0 ? &g->twins.list[i - 1] : NULL;
+    adamw_piece piece = {.matrix = i < g->twins.count ? &g->twins.list[i] : NULL};
+    piece.begin = last ? last->at + last->F * last->D : 0;
+    piece.end = piece.matrix ? piece.matrix->at : g->M;
+    piece.blocks = pm_blocks(piece.end - piece.begin, ADAMW_BLOCK);
+    return piece;
+}
+
+/* first[i]: the first task of piece i; the last entry: all tasks. */
+static void adamw_cut(const pm_adamw_args *g, int64_t *first)
+{
+    first[0] = 0;
+    for (int64_t i = 0; i <= g->twins.count; i++) {
+        const adamw_piece piece = adamw_piece_at(g, i);
+        first[i + 1] = first[i] + piece.blocks;
+        if (piece.matrix)
+            first[i + 1] += product_panels(piece.matrix->F);
+    }
+}
+
+static void adamw_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const adamw_job *const job = arg;
+    int64_t low = 0, high = job->g->twins.count; /* the piece is one of low..high */
+    while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (job->first[middle] <= task)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    const adamw_piece piece = adamw_piece_at(job->g, low);
+    task -= job->first[low];
+    if (task < piece.blocks) {
+        const int64_t begin = piece.begin + task * ADAMW_BLOCK;
+        adamw_range(job, begin, pm_min(piece.end, begin + ADAMW_BLOCK));
+    } else {
+        adamw_panel(job, piece.matrix, (task - piece.blocks) * PM_NR);
+    }
+}
+
 static pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, void *scratch)
 {
-    (void)scratch;
     const double *const h = g->hyper, norm = *g->norm;
     const double beta1 = h[PM_HYPER_BETA1], beta2 = h[PM_HYPER_BETA2], step = h[PM_HYPER_STEP];
     if (!(step >= 1) || !(beta1 >= 0 && beta1 < 1) || !(beta2 >= 0 && beta2 < 1))
@@ -91,6 +167,8 @@ static pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, void *scratc
     const double clip = h[PM_HYPER_CLIP] / (norm + 1e-6);
     const adamw_job job = {
         .g = g,
+        .kind = ctx->backend->compute,
+        .first = scratch,
         .skip = !isfinite(norm),
         .scale = h[PM_HYPER_CLIP] > 0 && clip < 1 ? (float)clip : 1,
         .decay = (float)(h[PM_HYPER_LR] * h[PM_HYPER_WEIGHT_DECAY]),
@@ -103,6 +181,7 @@ static pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, void *scratc
         .eps = (float)h[PM_HYPER_EPS],
         .ema_rest = (float)(1 - h[PM_HYPER_EMA]),
     };
-    pm_parallel(ctx->pool, pm_blocks(g->M, ADAMW_BLOCK), adamw_task, (void *)&job);
+    adamw_cut(g, scratch);
+    pm_parallel(ctx->pool, job.first[g->twins.count + 1], adamw_task, (void *)&job);
     return PM_OK;
 }

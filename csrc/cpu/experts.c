@@ -22,18 +22,19 @@ typedef struct {
 
 /* One group of this call: what it has, and where. */
 typedef struct {
-    int64_t F;                     /* width */
-    int64_t first;                 /* its first row in up, up_bias */
-    int64_t rows, row0;            /* of the plan: row0 .. row0+rows-1; shared: N tokens from 0 */
-    int64_t item0, items;          /* its share of the items of the phase */
-    const product_word *up, *down; /* panels (forward: y = x W^T; backward: dx = dy W) */
-    const float *up_bias, *down_bias; /* (F), (D) */
-    float *pre;                       /* (rows, F) at distance ld_pre, or NULL */
+    int64_t F;                 /* width */
+    int64_t first;             /* its first hidden unit among those of all groups */
+    int64_t rows, row0;        /* of the plan: row0 .. row0+rows-1; shared: N tokens from 0 */
+    int64_t item0, items;      /* its share of the items of the phase */
+    const product_word *up[2]; /* panels (forward: y = x W^T; backward: dx = dy W): those of up; */
+    const product_word *down;  /* swiglu: of the gate and of up */
+    const float *up_bias, *down_bias; /* (halves, F), (D); or NULL */
+    float *pre;                       /* (rows, halves * F) at distance ld_pre, or NULL */
     int64_t ld_pre;
     /* backward */
     const experts_sides *sides; /* of the plan, or of the tokens; its rows begin at side0 */
-    product_side dpre, h;       /* the same rows */
-    float *dpre_sums;           /* (blocks, F) */
+    product_side dpre[2], h;    /* the same rows */
+    float *dpre_sums;           /* (blocks, halves * F) */
     int64_t side0;
     int64_t block0, blocks; /* of rows; block0 is the first among those of all groups */
 } experts_group;
@@ -44,6 +45,7 @@ struct experts_job {
     const pm_experts_args *g;
     const pm_experts_grads *d;
     pm_compute kind;
+    int halves;           /* 1; swiglu: 2, the gate and up */
     experts_group *group; /* G plan groups, S shared ones */
     int64_t block;        /* slices of a block, at most */
     float *rows;          /* (R, D): what a plan row adds to y, or to dx */
@@ -62,21 +64,37 @@ struct experts_job {
  * and rows of a power of two don't fall into the same sets of the cache. */
 static inline int64_t experts_ld(int64_t width) { return product_panels(width) * PM_NR + 16; }
 
-/* Bound on the panels of all groups of one matrix: by columns of the groups' width, or of D. */
-static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g)
+static inline int experts_halves(const pm_experts_args *g)
 {
-    /* one row of words more for each group whose contraction is odd */
-    int64_t groups = g->G + g->S;
-    int64_t by_width = (g->F + groups * (PM_NR - 1)) * product_words(kind, g->D),
-            by_d = product_packed(kind, g->D, g->F + groups);
-    return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)groups * 64;
+    return g->activation == PM_EXPERTS_SWIGLU ? 2 : 1;
 }
 
-/* Rows of x or dy as left operands, then rows of h or dpre. */
+/* Bound on the panels of so many matrices, of F hidden units in all: by columns of their widths, or
+ * of D. */
+static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g, int64_t matrices,
+                                   int64_t F)
+{
+    /* one row of words more for each matrix whose contraction is odd */
+    int64_t by_width = (F + matrices * (PM_NR - 1)) * product_words(kind, g->D),
+            by_d = product_packed(kind, g->D, F + matrices);
+    return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)matrices * 64;
+}
+static size_t experts_up_bytes(pm_compute kind, const pm_experts_args *g)
+{
+    return experts_packed_bytes(kind, g, (g->G + g->S) * experts_halves(g), g->P);
+}
+static size_t experts_down_bytes(pm_compute kind, const pm_experts_args *g)
+{
+    return experts_packed_bytes(kind, g, g->G + g->S, g->F);
+}
+
+/* Rows of x or dy as left operands, then rows of h and, for swiglu, of the gate; or of dpre. */
 static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g)
 {
+    const int halves = experts_halves(g);
+    const int64_t ld = experts_ld(pm_max(g->W, g->Z) / halves);
     return pm_round64(product_room(kind, PM_ROWS, g->D) +
-                      (size_t)(PM_ROWS * experts_ld(pm_max(g->W, g->Z))) * sizeof(product_word));
+                      (size_t)(PM_ROWS * halves * ld) * sizeof(product_word));
 }
 
 /* Bounds on the rows and on the blocks of rows of the plan groups, and of each shared group. */
@@ -93,19 +111,21 @@ static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
     const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
     const int64_t plan_sums = experts_most_blocks(plan_rows, g->G) * (g->D + g->W),
                   sums = experts_most_blocks(rows, 1) * (g->D + g->S * g->Z);
-    const size_t plan = product_side_bytes(kind, plan_rows, g->D) +
-                        product_side_bytes(kind, plan_rows, g->W);
-    const size_t shared = product_side_bytes(kind, rows, g->D) +
-                          (size_t)g->S * product_side_bytes(kind, rows, g->Z);
-    return 2 * (plan + shared) + pm_round64((size_t)plan_sums * 4) + pm_round64((size_t)sums * 4);
+    const size_t halves = (size_t)experts_halves(g), hidden = halves + 1; /* dpre and h */
+    const size_t plan = 2 * product_side_bytes(kind, plan_rows, g->D) +
+                        hidden * product_side_bytes(kind, plan_rows, g->W / (int64_t)halves);
+    const size_t shared = 2 * product_side_bytes(kind, rows, g->D) +
+                          (size_t)g->S * hidden *
+                              product_side_bytes(kind, rows, g->Z / (int64_t)halves);
+    return plan + shared + pm_round64((size_t)plan_sums * 4) + pm_round64((size_t)sums * 4);
 }
 
 static size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
     const pm_compute kind = ctx->backend->compute;
     size_t bytes = pm_round64((size_t)(g->G + g->S) * sizeof(experts_group));
-    bytes += (size_t)(!g->up.derived + !g->down.derived) *
-             pm_round64(experts_packed_bytes(kind, g));
+    bytes += g->up.derived ? 0 : pm_round64(experts_up_bytes(kind, g));
+    bytes += g->down.derived ? 0 : pm_round64(experts_down_bytes(kind, g));
     bytes += pm_round64((size_t)(g->G ? g->R * g->D : 0) * 4);
     bytes += backward ? experts_sides_bytes(kind, g) : 0;
     return bytes + (size_t)pm_pool_threads(ctx->pool) * experts_worker_bytes(kind, g);
@@ -199,10 +219,11 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
 {
     const pm_experts_args *g = job->g;
     const pm_compute kind = job->kind = ctx->backend->compute;
+    const int halves = job->halves = experts_halves(g);
     int64_t groups = g->G + g->S, plan_rows = g->G ? g->R : 0;
     job->group = pm_take(scratch, (size_t)groups * sizeof(experts_group));
-    char *up_scratch = g->up.derived ? NULL : pm_take(scratch, experts_packed_bytes(kind, g));
-    char *down_scratch = g->down.derived ? NULL : pm_take(scratch, experts_packed_bytes(kind, g));
+    char *up_scratch = g->up.derived ? NULL : pm_take(scratch, experts_up_bytes(kind, g));
+    char *down_scratch = g->down.derived ? NULL : pm_take(scratch, experts_down_bytes(kind, g));
     const char *up_derived = g->up.derived, *down_derived = g->down.derived;
     for (int64_t i = 0; i < groups; i++) {
         experts_group *e = job->group + i;
@@ -210,8 +231,8 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
         const int64_t F = g->foff[i + 1] - g->foff[i], D = g->D;
         *e = (experts_group){.F = F,
                              .first = g->foff[i],
-                             .up_bias = g->up_bias + g->foff[i],
-                             .down_bias = g->down_bias + i * D};
+                             .up_bias = g->up_bias ? g->up_bias + halves * g->foff[i] : NULL,
+                             .down_bias = g->down_bias ? g->down_bias + i * D : NULL};
         e->row0 = shared ? 0 : g->row_off[i];
         e->rows = shared ? g->N : g->row_off[i + 1] - g->row_off[i];
         e->ld_pre = shared ? g->Z : g->W;
@@ -219,18 +240,20 @@ static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **s
         if (e->pre)
             e->pre += (shared ? (i - g->G) * g->N : e->row0) * e->ld_pre;
 
-        const pm_weight up = {g->up.w + e->first * D, up_derived};
-        const pm_weight down = {g->down.w + e->first * D, down_derived};
-        e->up = backward ? product_backward_of(ctx, up, F, D, up_scratch)
-                         : product_forward_of(ctx, up, F, D, up_scratch);
-        e->down = backward ? product_backward_of(ctx, down, D, F, down_scratch)
-                           : product_forward_of(ctx, down, D, F, down_scratch);
         const size_t by_width = product_panel_bytes(kind, F, D),
                      by_d = product_panel_bytes(kind, D, F);
-        if (up_derived)
-            up_derived += product_derived_bytes(ctx, F, D);
-        else
-            up_scratch += backward ? by_d : by_width;
+        for (int half = 0; half < halves; half++) {
+            const pm_weight up = {g->up.w + (halves * e->first + half * F) * D, up_derived};
+            e->up[half] = backward ? product_backward_of(ctx, up, F, D, up_scratch)
+                                   : product_forward_of(ctx, up, F, D, up_scratch);
+            if (up_derived)
+                up_derived += product_derived_bytes(ctx, F, D);
+            else
+                up_scratch += backward ? by_d : by_width;
+        }
+        const pm_weight down = {g->down.w + e->first * D, down_derived};
+        e->down = backward ? product_backward_of(ctx, down, D, F, down_scratch)
+                           : product_forward_of(ctx, down, D, F, down_scratch);
         if (down_derived)
             down_derived += product_derived_bytes(ctx, D, F);
         else
@@ -282,10 +305,12 @@ static inline void experts_put(pm_compute kind, product_word *row, int64_t at, v
 /* h = gelu(tile + bias); the pre-activation is kept when there will be a backward. */
 typedef struct {
     pm_compute kind;
-    const float *bias; /* (F) */
-    float *pre;        /* (rows, F) */
+    const float *bias; /* (F), or NULL */
+    float *pre;        /* (rows, F), or NULL */
     product_word *h;   /* (rows) left operands of F numbers */
     int64_t ld_pre, ld;
+    const float *gate; /* swiglu, (rows, F): what experts_gate_tile left */
+    int64_t ld_gate;
 } experts_up;
 
 static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
@@ -293,7 +318,7 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
 {
     const experts_up *t = arg;
     for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        vf bias = v_get(t->bias + col0 + j, n - j);
+        vf bias = t->bias ? v_get(t->bias + col0 + j, n - j) : v_zero();
         for (int i = 0; i < m; i++) {
             vf x = v_load(tile + i * PM_NR + j) + bias;
             if (t->pre)
@@ -303,57 +328,119 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
     }
 }
 
-/* tile = dh: h = gelu(pre), dot += dh * h, dpre = weight * dh * gelu'(pre). */
+/* swiglu, the gate: tile + bias, kept for experts_pair_tile. */
+typedef struct {
+    const float *bias; /* (F), or NULL */
+    float *gate;       /* (rows, F) */
+    int64_t ld;
+} experts_gate;
+
+static inline void experts_gate_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                     float *tile)
+{
+    const experts_gate *t = arg;
+    for (int64_t j = 0; j < n; j += PM_WIDTH) {
+        vf bias = t->bias ? v_get(t->bias + col0 + j, n - j) : v_zero();
+        for (int i = 0; i < m; i++)
+            v_put(t->gate + (row0 + i) * t->ld + col0 + j, v_load(tile + i * PM_NR + j) + bias,
+                  n - j);
+    }
+}
+
+/* swiglu, up: h = silu(gate) * (tile + bias). */
+static inline void experts_pair_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                     float *tile)
+{
+    const experts_up *t = arg;
+    for (int64_t j = 0; j < n; j += PM_WIDTH) {
+        vf bias = t->bias ? v_get(t->bias + col0 + j, n - j) : v_zero();
+        for (int i = 0; i < m; i++) {
+            vf x = v_load(tile + i * PM_NR + j) + bias;
+            vf gate = v_get(t->gate + (row0 + i) * t->ld_gate + col0 + j, n - j);
+            if (t->pre)
+                v_put(t->pre + (row0 + i) * t->ld_pre + col0 + j, x, n - j);
+            experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_silu(gate) * x);
+        }
+    }
+}
+
+/* tile = dh: h from pre, dot += dh * h, dpre = weight * dh * dh/dpre. Halves: those of dpre. */
 typedef struct {
     pm_compute kind;
-    const float *pre, *weight; /* (rows, F); (rows) or NULL */
-    int64_t ld_pre;
-    product_word *dpre; /* (rows) left operands of F numbers, at distance ld */
+    const float *pre, *weight; /* (rows, halves * F); (rows) or NULL */
+    int64_t ld_pre, F;
+    product_word *dpre[2]; /* (rows) left operands of F numbers, at distance ld */
     int64_t ld;
-    const product_side *dpre_side, *h_side; /* the rows begin at row0 */
+    const product_side *dpre_side, *h_side; /* (halves); the rows begin at row0 */
     int64_t row0;
-    float *sum;      /* (F) += sum of dpre over the rows */
+    float *sum;      /* (halves, F) += sum of dpre over the rows */
     vf dot[PM_ROWS]; /* lanes of <dh, h> of each row */
 } experts_hidden;
 
-/* One row's columns col ..; left of them are there. */
-static inline vf experts_hidden_row(experts_hidden *t, int64_t row, int64_t col, int64_t left,
-                                    const float *tile, vf *h)
+/* One row's columns col ..; left of them are there. Returns h. */
+static inline __attribute__((always_inline)) vf experts_hidden_row(experts_hidden *t, int halves,
+                                                                   int64_t row, int64_t col,
+                                                                   int64_t left, const float *tile,
+                                                                   vf *dpre)
 {
     const float *pre = t->pre + row * t->ld_pre + col;
     __builtin_prefetch(pre + PM_NR, 0, 2); /* of the next panel */
-    vf slope, dh = v_load(tile), x = v_get(pre, left);
-    *h = v_gelu_slope(x, &slope);
-    t->dot[row] = v_fma(dh, *h, t->dot[row]);
-    vf dpre = dh * slope;
-    if (t->weight)
-        dpre *= v_set(t->weight[row]);
-    experts_put(t->kind, t->dpre + row * t->ld, col, dpre);
-    return dpre;
+    vf slope, h, dh = v_load(tile), x = v_get(pre, left);
+    if (halves == 1) {
+        h = v_gelu_slope(x, &slope);
+        dpre[0] = dh * slope;
+    } else {
+        __builtin_prefetch(pre + t->F + PM_NR, 0, 2);
+        const vf gate = v_silu_slope(x, &slope), up = v_get(pre + t->F, left);
+        h = gate * up;
+        dpre[0] = dh * up * slope;
+        dpre[1] = dh * gate;
+    }
+    t->dot[row] = v_fma(dh, h, t->dot[row]);
+    for (int half = 0; half < halves; half++) {
+        if (t->weight)
+            dpre[half] *= v_set(t->weight[row]);
+        experts_put(t->kind, t->dpre[half] + row * t->ld, col, dpre[half]);
+    }
+    return h;
 }
 
+static inline __attribute__((always_inline)) void experts_hidden_rows(experts_hidden *t, int halves,
+                                                                      int64_t row0, int m,
+                                                                      int64_t col0, int64_t n,
+                                                                      const float *tile)
+{
+    for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
+        const int64_t col = col0 + j, left = n - j;
+        vf sum[2] = {0};
+        for (int64_t i = 0; i < m; i += 2) {
+            vf h[2] = {0}, dpre[2][2] = {0}; /* of two rows; dpre: [row][half] */
+            for (int k = 0; k < 2; k++)
+                if (left > 0 && i + k < m)
+                    h[k] = experts_hidden_row(t, halves, row0 + i + k, col, left,
+                                              tile + (i + k) * PM_NR + j, dpre[k]);
+            for (int half = 0; half < halves; half++) {
+                product_side_put(t->kind, &t->dpre_side[half], t->row0 + row0 + i, col,
+                                 dpre[0][half], dpre[1][half]);
+                sum[half] += dpre[0][half] + dpre[1][half];
+            }
+            product_side_put(t->kind, t->h_side, t->row0 + row0 + i, col, h[0], h[1]);
+        }
+        for (int half = 0; half < halves && left > 0; half++) {
+            float *to = t->sum + half * t->F + col;
+            v_put(to, v_get(to, left) + sum[half], left);
+        }
+    }
+}
 static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                        float *tile)
 {
-    experts_hidden *t = arg;
-    for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
-        const int64_t col = col0 + j, left = n - j;
-        vf sum = v_zero();
-        for (int64_t i = 0; i < m; i += 2) {
-            vf h[2] = {0}, dpre[2] = {0};
-            if (left > 0) {
-                dpre[0] = experts_hidden_row(t, row0 + i, col, left, tile + i * PM_NR + j, &h[0]);
-                if (i + 1 < m)
-                    dpre[1] = experts_hidden_row(t, row0 + i + 1, col, left,
-                                                 tile + (i + 1) * PM_NR + j, &h[1]);
-            }
-            product_side_put(t->kind, t->dpre_side, t->row0 + row0 + i, col, dpre[0], dpre[1]);
-            product_side_put(t->kind, t->h_side, t->row0 + row0 + i, col, h[0], h[1]);
-            sum += dpre[0] + dpre[1];
-        }
-        if (left > 0)
-            v_put(t->sum + col, v_get(t->sum + col, left) + sum, left);
-    }
+    experts_hidden_rows(arg, 1, row0, m, col0, n, tile);
+}
+static inline void experts_hidden_pair_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
+                                            float *tile)
+{
+    experts_hidden_rows(arg, 2, row0, m, col0, n, tile);
 }
 
 /* out_n = sum over the plan rows of token n of rows[r], for tokens n0..n1-1. */
@@ -391,14 +478,29 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
                                  const product_word *const *x, float *pre, experts_out *out,
                                  product_word *h)
 {
-    experts_up up = {job->kind, e->up_bias, pre, h, e->ld_pre, experts_ld(e->F)};
-    product_block(job->kind, m, x, job->g->D, e->F, e->up, 0, product_panels(e->F), experts_up_tile,
-                  &up, (product_target){pre, e->ld_pre});
+    const int64_t F = e->F, D = job->g->D, panels = product_panels(F);
+    experts_up up = {job->kind, e->up_bias, pre, h, e->ld_pre, experts_ld(F), NULL, 0};
+    if (job->halves == 1) {
+        product_block(job->kind, m, x, D, F, e->up[0], 0, panels, experts_up_tile, &up,
+                      (product_target){pre, e->ld_pre});
+    } else {
+        experts_gate gate = {e->up_bias, h + m * up.ld, up.ld}; /* behind h */
+        if (pre)
+            gate = (experts_gate){e->up_bias, pre, e->ld_pre};
+        product_block(job->kind, m, x, D, F, e->up[0], 0, panels, experts_gate_tile, &gate,
+                      (product_target){gate.gate, gate.ld});
+        up.bias = e->up_bias ? e->up_bias + F : NULL;
+        up.pre = pre ? pre + F : NULL;
+        up.gate = gate.gate;
+        up.ld_gate = gate.ld;
+        product_block(job->kind, m, x, D, F, e->up[1], 0, panels, experts_pair_tile, &up,
+                      (product_target){up.pre, e->ld_pre});
+    }
     const product_word *rows[PM_ROWS];
     for (int64_t i = 0; i < m; i++)
         rows[i] = h + i * up.ld;
-    product_block(job->kind, m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D),
-                  experts_out_tile, out, (product_target){out->out, out->ld});
+    product_block(job->kind, m, rows, F, D, e->down, 0, product_panels(D), experts_out_tile, out,
+                  (product_target){out->out, out->ld});
 }
 
 static void experts_forward_plan(const experts_job *job, int64_t item, int worker)
@@ -440,8 +542,9 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
     job.worker = scratch;
     double work;
     int64_t blocks = experts_plan_blocks(&job, &work);
-    experts_run(ctx, &job, blocks, 2 * work, experts_forward_plan);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    const double products = 1 + job.halves;
+    experts_run(ctx, &job, blocks, products * work, experts_forward_plan);
+    experts_run(ctx, &job, experts_blocks(g->N, job.block), products * experts_shared_work(&job),
                 experts_forward_tokens);
     return PM_OK;
 }
@@ -460,24 +563,32 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
     hidden->pre = e->pre + i0 * e->ld_pre;
     hidden->weight = weight;
     hidden->ld_pre = e->ld_pre;
-    hidden->dpre = room;
+    hidden->F = e->F;
     hidden->ld = experts_ld(e->F);
-    hidden->dpre_side = &e->dpre;
+    hidden->dpre[0] = room;
+    hidden->dpre[1] = room + m * hidden->ld;
+    hidden->dpre_side = e->dpre;
     hidden->h_side = &e->h;
     hidden->row0 = e->side0 + i0;
-    hidden->sum = e->dpre_sums + block * e->F;
-    memset(hidden->sum, 0, (size_t)e->F * 4);
+    hidden->sum = e->dpre_sums + block * job->halves * e->F;
+    memset(hidden->sum, 0, (size_t)(job->halves * e->F) * 4);
     for (int64_t i = 0; i < m; i++)
         hidden->dot[i] = v_zero();
-    product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
-                  experts_hidden_tile, hidden, (product_target){0});
-    if (!job->out)
-        return;
-    const product_word *dpre[PM_ROWS];
-    for (int64_t i = 0; i < m; i++)
-        dpre[i] = room + i * hidden->ld;
-    product_block(job->kind, m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D),
-                  experts_out_tile, out, (product_target){out->out, out->ld});
+    if (job->halves == 1)
+        product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
+                      experts_hidden_tile, hidden, (product_target){0});
+    else
+        product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
+                      experts_hidden_pair_tile, hidden, (product_target){0});
+    for (int half = 0; half < job->halves && job->out; half++) {
+        const product_word *dpre[PM_ROWS];
+        for (int64_t i = 0; i < m; i++)
+            dpre[i] = hidden->dpre[half] + i * hidden->ld;
+        product_block(job->kind, m, dpre, e->F, job->g->D, e->up[half], 0,
+                      product_panels(job->g->D), experts_out_tile, out,
+                      (product_target){out->out, out->ld});
+        out->add = true;
+    }
 }
 
 /* Packs m rows of dy (times their weight) and of x as the rows row0.. of the sides: dy is in L2, as
@@ -510,7 +621,7 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
         x[i] = g->x + g->row_token[r0 + i] * D;
         rows[i] = product_row(job->kind, dy[i], D, &room);
         vf dot = v_zero();
-        for (int64_t j = 0; j < D; j += PM_WIDTH)
+        for (int64_t j = 0; j < D && e->down_bias; j += PM_WIDTH)
             dot = v_fma(v_get(dy[i] + j, D - j), v_get(e->down_bias + j, D - j), dot);
         from_bias[i] = v_sum(dot);
     }
@@ -571,15 +682,17 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
     const int64_t D = job->g->D, F = e->F;
     const product_wgrad_grid up = experts_up_grid(job, e), down = experts_down_grid(job, e);
     const int64_t up_tasks = product_wgrad_tasks(&up);
-    if (item < up_tasks) {
-        const product_wgrad_share s = product_wgrad_share_of(&up, item);
+    if (item < job->halves * up_tasks) {
+        const int64_t half = item / up_tasks, row = job->halves * e->first + half * F;
+        const product_wgrad_share s = product_wgrad_share_of(&up, item % up_tasks);
         if (d->dup)
-            product_wgrad(job->kind, &e->dpre, &e->sides->x, e->side0, e->rows, s,
-                          d->dup + e->first * D, D);
+            product_wgrad(job->kind, &e->dpre[half], &e->sides->x, e->side0, e->rows, s,
+                          d->dup + row * D, D);
         if (d->dup_bias && s.d0 == 0)
-            product_add_sums(e->blocks, e->dpre_sums, F, s.f0, s.f1, d->dup_bias + e->first);
+            product_add_sums(e->blocks, e->dpre_sums + half * F, job->halves * F, s.f0, s.f1,
+                             d->dup_bias + row);
     } else {
-        const product_wgrad_share s = product_wgrad_share_of(&down, item - up_tasks);
+        const product_wgrad_share s = product_wgrad_share_of(&down, item - job->halves * up_tasks);
         if (d->ddown)
             product_wgrad(job->kind, &e->sides->dy, &e->h, e->side0, e->rows, s,
                           d->ddown + e->first * D, F);
@@ -599,15 +712,18 @@ static void experts_place_sides(experts_job *job, void **scratch)
                   blocks = experts_most_blocks(rows, 1);
     job->plan.x = product_side_take(kind, plan_rows, g->D, true, scratch);
     job->plan.dy = product_side_take(kind, plan_rows, g->D, true, scratch);
-    const product_side dpre = product_side_take(kind, plan_rows, g->W, true, scratch),
-                       h = product_side_take(kind, plan_rows, g->W, true, scratch);
+    const int64_t wide = g->W / job->halves, wide_shared = g->Z / job->halves;
+    product_side dpre[2] = {0};
+    for (int half = 0; half < job->halves; half++)
+        dpre[half] = product_side_take(kind, plan_rows, wide, true, scratch);
+    const product_side h = product_side_take(kind, plan_rows, wide, true, scratch);
     float *sums = pm_take(scratch, (size_t)(plan_blocks * (g->D + g->W)) * 4);
     job->plan.dy_sums = sums;
     sums += plan_blocks * g->D;
     int64_t side0 = 0, block0 = 0;
     for (experts_group *e = job->group; e < job->group + g->G; e++) {
         e->sides = &job->plan;
-        e->dpre = dpre;
+        memcpy(e->dpre, dpre, sizeof dpre);
         e->h = h;
         e->side0 = side0;
         e->block0 = block0;
@@ -615,7 +731,7 @@ static void experts_place_sides(experts_job *job, void **scratch)
         e->dpre_sums = sums;
         side0 += product_even(e->rows);
         block0 += e->blocks;
-        sums += e->blocks * e->F;
+        sums += e->blocks * job->halves * e->F;
     }
     job->tokens.x = product_side_take(kind, rows, g->D, true, scratch);
     job->tokens.dy = product_side_take(kind, rows, g->D, true, scratch);
@@ -624,11 +740,12 @@ static void experts_place_sides(experts_job *job, void **scratch)
     sums += blocks * g->D;
     for (experts_group *e = job->group + g->G; e < job->group + g->G + g->S; e++) {
         e->sides = &job->tokens;
-        e->dpre = product_side_take(kind, rows, g->Z, true, scratch);
-        e->h = product_side_take(kind, rows, g->Z, true, scratch);
+        for (int half = 0; half < job->halves; half++)
+            e->dpre[half] = product_side_take(kind, rows, wide_shared, true, scratch);
+        e->h = product_side_take(kind, rows, wide_shared, true, scratch);
         e->blocks = experts_blocks(e->rows, job->block);
         e->dpre_sums = sums;
-        sums += e->blocks * e->F;
+        sums += e->blocks * job->halves * e->F;
     }
 }
 
@@ -641,12 +758,13 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     job.worker = scratch;
     double plan_work;
     int64_t blocks = experts_plan_blocks(&job, &plan_work);
-    job.work = 2 * (plan_work + experts_shared_work(&job));
-    experts_run(ctx, &job, blocks, 2 * plan_work, experts_backward_plan);
+    const double products = 1 + job.halves;
+    job.work = products * (plan_work + experts_shared_work(&job));
+    experts_run(ctx, &job, blocks, products * plan_work, experts_backward_plan);
     int64_t used = g->G ? g->row_off[g->G] : 0;
     if (d->drow_weight && g->R > used)
         memset(d->drow_weight + used, 0, (size_t)(g->R - used) * 4);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(g->N, job.block), products * experts_shared_work(&job),
                 experts_backward_tokens);
 
     if (!d->dup && !d->dup_bias && !d->ddown && !d->ddown_bias)
@@ -655,7 +773,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     for (experts_group *e = job.group; e < job.group + g->G + g->S; e++) {
         const product_wgrad_grid up = experts_up_grid(&job, e), down = experts_down_grid(&job, e);
         e->item0 = items;
-        e->items = e->rows ? product_wgrad_tasks(&up) + product_wgrad_tasks(&down) : 0;
+        e->items = e->rows ? job.halves * product_wgrad_tasks(&up) + product_wgrad_tasks(&down) : 0;
         items += e->items;
     }
     experts_run(ctx, &job, items, job.work, experts_backward_weights);

@@ -6,6 +6,7 @@
 #include "simd.h"
 
 #include "product.h"
+#include "twins.h"
 
 #include "gaussian_noise.c"
 #include "rectified_flow.c"

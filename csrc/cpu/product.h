@@ -202,21 +202,6 @@ static void product_pack_backward_task(void *arg, int64_t task, int worker)
     product_pack_cols_range(j->kind, j->D, j->F, f, pm_min(j->F, f + PM_NR), j->w, j->D,
                             j->backward);
 }
-/* The same PM_NR rows of w for both: read once from memory. */
-static void product_derive_task(void *arg, int64_t task, int worker)
-{
-    product_pack_forward_task(arg, task, worker);
-    product_pack_backward_task(arg, task, worker);
-}
-
-static pm_status product_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
-{
-    const pm_compute kind = ctx->backend->compute;
-    product_pack_job job = {kind, F, D, w, derived, product_backward_panels(kind, derived, F, D)};
-    pm_parallel(ctx->pool, product_panels(F), product_derive_task, &job);
-    return PM_OK;
-}
-
 /* The panels of a weight (F, D): its derived twin's, or packed into scratch, which has
  * product_panel_bytes(F, D) forward and product_panel_bytes(D, F) backward. */
 static const product_word *product_forward_of(pm_ctx *ctx, pm_weight weight, int64_t F, int64_t D,

@@ -18,6 +18,7 @@ typedef float vf __attribute__((vector_size(4 * PM_WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * PM_WIDTH)));
 typedef float vf_loose __attribute__((vector_size(4 * PM_WIDTH), aligned(4), may_alias));
 
+/* v_stream: a store past the caches, to an address aligned as a vector is. */
 static inline vf v_load(const float *p) { return *(const vf_loose *)p; }
 static inline void v_store(float *p, vf x) { *(vf_loose *)p = x; }
 static inline vf v_set(float x) { return x - (vf){0}; }
@@ -351,4 +352,17 @@ static inline vf v_dgelu(vf x)
     vf slope;
     v_gelu_slope(x, &slope);
     return slope;
+}
+
+/* SiLU: x * sigmoid(x). *slope: its derivative. */
+static inline vf v_silu_slope(vf x, vf *slope)
+{
+    const vf one = v_set(1.0f), s = one / (one + v_exp_quick(-x)), y = x * s;
+    *slope = v_fma(y, one - s, s);
+    return y;
+}
+static inline vf v_silu(vf x)
+{
+    vf slope;
+    return v_silu_slope(x, &slope);
 }

@@ -15,7 +15,7 @@ const pm_backend PM_TABLE = {
     .zero = pm_cpu_zero,
     .sync = pm_cpu_sync,
     .derived_bytes = product_derived_bytes,
-    .derive = product_derive,
+    .derive = twin_derive,
 #define PM_OP(op, OP, direction) .op = {op##_forward, PM_BACKWARD_##direction(op), op##_workspace},
 #include "../ops.def"
 #undef PM_OP

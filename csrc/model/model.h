@@ -113,7 +113,7 @@ pm_status pm_model_sample(pm_ctx *ctx, pm_model *model, const pm_sample_options 
 void pm_model_profile(pm_model *model, bool on);
 
 typedef struct {
-    const char *op; /* of ops.def, or "derive": packing the weights again after an update */
+    const char *op; /* of ops.def, or "derive": packing the weights again after a load */
     bool backward;
     double seconds;
     int64_t calls;

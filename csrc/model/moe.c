@@ -35,6 +35,7 @@ static pm_experts_args experts_args(const pm_run *r, int64_t block)
         .G = f.G,
         .S = f.S,
         .F = f.F,
+        .P = f.F,
         .R = f.G > 0 ? r->acts->N * r->cfg->top_k : 0,
         .W = f.width,
         .Z = f.shared,

@@ -19,8 +19,8 @@ struct pm_walk {
     int64_t derived;        /* next free byte of the derived slab */
     int64_t index, numbers; /* tensors named so far, and the numbers in them */
     int64_t matrix_count;
-    pm_derivation *matrices; /* NULL: only count */
-    pm_param_visitor visit;  /* NULL: no names wanted */
+    pm_twin *matrices;      /* NULL: only count */
+    pm_param_visitor visit; /* NULL: no names wanted */
     void *arg;
     pm_status status; /* of the first visit that failed: no more names then */
 };
@@ -69,7 +69,7 @@ static pm_matrix derive(pm_walk *w, int64_t at, int64_t F, int64_t D)
 {
     const pm_matrix place = {at, w->derived};
     if (w->matrices)
-        w->matrices[w->matrix_count] = (pm_derivation){F, D, place};
+        w->matrices[w->matrix_count] = (pm_twin){F, D, place.at, place.derived};
     w->matrix_count++;
     w->derived += (int64_t)w->ctx->backend->derived_bytes(w->ctx, F, D);
     return place;

@@ -48,12 +48,6 @@ typedef struct {
     int64_t proto;                              /* the router's prototypes (E, D) */
 } pm_block_places;
 
-/* One matrix to derive. */
-typedef struct {
-    int64_t F, D;
-    pm_matrix place;
-} pm_derivation;
-
 typedef struct {
     int64_t train, total; /* elements: a slab's trained range, and all of it */
     int64_t derived;      /* bytes of the derived slab */
@@ -65,7 +59,7 @@ typedef struct {
     int64_t patch_bias, time0_bias, time2_bias, final_bias, final_adaln_bias;
     int64_t table;
     pm_block_places *blocks; /* depth */
-    pm_derivation *matrices; /* in the order of the derived slab */
+    pm_twin *matrices;       /* in the order of the slabs */
     int64_t matrix_count;
 } pm_layout;
 

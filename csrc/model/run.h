@@ -22,7 +22,7 @@ typedef struct {
     bool on;
     double seconds[PM_OP_COUNT][2]; /* forward, backward */
     int64_t calls[PM_OP_COUNT][2];
-    double derive_seconds; /* packing the weights again after an update */
+    double derive_seconds; /* making derived twins outside an update: after a load */
     int64_t derive_calls;
 } pm_profile;
 

@@ -26,6 +26,10 @@ static int64_t foff_count(const pm_config *c)
 {
     return 2 + (c->experts > 0 ? pm_plan_groups(c) + c->shared + 1 : 0);
 }
+static size_t twins_bytes(const pm_model *m)
+{
+    return (size_t)m->layout.matrix_count * sizeof *m->twins;
+}
 static size_t numbers_bytes(const pm_config *c)
 {
     return sizeof(pm_step_numbers) +
@@ -178,9 +182,8 @@ done:
 static pm_status derive_all(pm_ctx *ctx, const pm_layout *layout, const float *param, char *derived)
 {
     for (int64_t i = 0; i < layout->matrix_count; i++) {
-        const pm_derivation *d = &layout->matrices[i];
-        PM_TRY(
-            ctx->backend->derive(ctx, d->F, d->D, param + d->place.at, derived + d->place.derived));
+        const pm_twin *d = &layout->matrices[i];
+        PM_TRY(ctx->backend->derive(ctx, d->F, d->D, param + d->at, derived + d->derived));
     }
     return PM_OK;
 }
@@ -330,8 +333,11 @@ static pm_status fill(pm_ctx *ctx, pm_model *m)
     if (!m->acts.blocks || !m->host_numbers)
         return pm_fail(ctx, PM_ENOMEM, "no memory for the model");
     PM_TRY(pm_need_slab(ctx, m, PM_SLAB_PARAM));
-    if (m->layout.derived > 0)
+    if (m->layout.derived > 0) {
         PM_TRY(pm_take_memory(ctx, (size_t)m->layout.derived, "the packed weights", &m->derived));
+        PM_TRY(pm_take_memory(ctx, twins_bytes(m), "the model", &m->twins));
+        PM_WRITE(ctx, m->twins, m->layout.matrices, m->layout.matrix_count);
+    }
     PM_TRY(
         pm_take_memory(ctx, (size_t)foff_count(&m->cfg) * sizeof *m->foff, "the model", &m->foff));
     PM_TRY(pm_take_memory(ctx, numbers_bytes(&m->cfg), "the model", &m->numbers));
@@ -366,6 +372,7 @@ void pm_model_close(pm_ctx *ctx, pm_model *m)
         }
     give_memory(ctx, m->derived, (size_t)m->layout.derived);
     give_memory(ctx, m->ema_derived, (size_t)m->layout.derived);
+    give_memory(ctx, m->twins, twins_bytes(m));
     give_memory(ctx, m->foff, (size_t)foff_count(&m->cfg) * sizeof *m->foff);
     give_memory(ctx, m->numbers, numbers_bytes(&m->cfg));
     give_memory(ctx, m->arena, m->arena_bytes);
@@ -375,6 +382,7 @@ void pm_model_close(pm_ctx *ctx, pm_model *m)
         pm_os_free(m->host_numbers, numbers_bytes(&m->cfg));
     pm_conditions_free(&m->conditions);
     m->derived = m->ema_derived = m->arena = NULL;
+    m->twins = NULL;
     m->foff = NULL;
     m->numbers = m->host_numbers = NULL;
     m->arena_bytes = 0;

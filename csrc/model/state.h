@@ -51,6 +51,7 @@ struct pm_model {
     float *slab[PM_SLABS];
     char *derived, *ema_derived; /* ema_derived: made by the first sample() from the EMA */
     bool ema_derived_fresh;
+    pm_twin *twins;                /* layout.matrices, in backend memory */
     int32_t *foff;                 /* dense (2), then experts (G+S+1) */
     pm_step_numbers *numbers;      /* and PM_LOSS_SLOTS * pm_loss_count floats behind */
     pm_step_numbers *host_numbers; /* where they are read to: host memory */

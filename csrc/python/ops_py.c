@@ -31,6 +31,7 @@
 #define FIELD_SAVED(name, type, shape) ARRAY(BIND_SAVED, name, type, shape, NONE)
 #define FIELD_INOUT(name, type, shape) ARRAY(BIND_INOUT, name, type, shape, NONE)
 #define FIELD_INOPT(name, type, shape) ARRAY(BIND_INOPT, name, type, shape, NONE)
+#define FIELD_TWINS(name) /* not Python's */
 #define FIELD_INT(name, value) SCALAR(BIND_INT, name, NULL, value)
 #define FIELD_REAL(name, value) SCALAR(BIND_REAL, name, NULL, value)
 #define FIELD_ENUM(name, words, value) SCALAR(BIND_ENUM, name, words, value)
@@ -261,28 +262,41 @@ static int64_t widest(const int32_t *foff, int64_t from, int64_t to)
     return most;
 }
 
+/* Pre-activations of a hidden unit. */
+static int64_t experts_halves(const pm_experts_args *g)
+{
+    return g->activation == PM_EXPERTS_SWIGLU ? 2 : 1;
+}
+
 /* Without a plan there are no plan groups and no rows; widths are those of the widest groups. */
 static void experts_infer(bind_dims *dims, const void *args)
 {
     const pm_experts_args *g = args;
+    if (knows(dims, 'F') && dim(dims, 'F') <= INT64_MAX / 2)
+        infer(dims, 'P', experts_halves(g) * dim(dims, 'F'));
     if (!g->row_off)
         infer(dims, 'G', 0);
     if (!g->row_token && !g->tok_row && !g->row_weight)
         infer(dims, 'R', 0);
     if (!knows(dims, 'G') || !knows(dims, 'S'))
         return;
-    infer(dims, 'W', widest(g->foff, 0, dim(dims, 'G')));
-    infer(dims, 'Z', widest(g->foff, dim(dims, 'G'), dim(dims, 'G') + dim(dims, 'S')));
+    infer(dims, 'W', experts_halves(g) * widest(g->foff, 0, dim(dims, 'G')));
+    infer(dims, 'Z',
+          experts_halves(g) * widest(g->foff, dim(dims, 'G'), dim(dims, 'G') + dim(dims, 'S')));
 }
 
 static pm_status experts_check(pm_ctx *ctx, const void *args, bool backward)
 {
     (void)backward;
     const pm_experts_args *g = args;
+    const int64_t halves = experts_halves(g);
     PM_TRY(check_offsets(ctx, "foff", g->foff, g->G + g->S, g->F, true));
-    if (g->W < widest(g->foff, 0, g->G))
+    if (g->P % halves || g->P / halves != g->F)
+        return pm_fail(ctx, PM_EINVAL, "up has %lld rows; with F = %lld there are %s%lld",
+                       (long long)g->P, (long long)g->F, halves == 2 ? "2*" : "", (long long)g->F);
+    if (g->W < halves * widest(g->foff, 0, g->G))
         return pm_fail(ctx, PM_EINVAL, "W is %lld; a plan group of foff is wider", (long long)g->W);
-    if (g->Z < widest(g->foff, g->G, g->G + g->S))
+    if (g->Z < halves * widest(g->foff, g->G, g->G + g->S))
         return pm_fail(ctx, PM_EINVAL, "Z is %lld; a shared group of foff is wider",
                        (long long)g->Z);
     const int given = !!g->row_off + !!g->row_token + !!g->row_weight + !!g->tok_off + !!g->tok_row;

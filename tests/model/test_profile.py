@@ -31,7 +31,9 @@ def test_counts_every_call(model):
     assert {name: row["calls"] for name, row in seen.items() if "attention" in name} == {
         "attention forward": 4, "attention backward": 4}
     assert seen["adamw forward"]["calls"] == seen["rectified_flow forward"]["calls"] == 2
-    assert seen["derive"]["calls"] == 2
+    assert "derive" not in seen  # an update packs the weights as it goes
+    model.load_state_dict(model.state_dict())
+    assert model.profile()["derive"]["calls"] == 1
     assert list(seen.values()) == sorted(seen.values(), key=lambda row: -row["seconds"])
     assert all(row["seconds"] > 0 for row in seen.values())
 

@@ -294,6 +294,39 @@ def test_a_trained_model_learns():
 # ---------------------------------------------------------------- what goes wrong
 
 
+# Panels and strips that are not whole: 27 numbers in a patch, hidden layers of 45, 33 and 39, and widths of 36 and 108.
+RAGGED = promoe.ModelConfig(
+    input_size=6, patch_size=3, in_channels=3, hidden_size=36, depth=4, num_heads=4, num_classes=3, mlp_ratio=45 / 36,
+    num_routed_experts=5, expert_hidden_size=33, shared_expert_hidden_size=39)
+
+
+@pytest.mark.parametrize("config", [SMALL, RAGGED, RAGGED.replace(hidden_size=108, mlp_ratio=1.0)],
+                         ids=["small", "ragged", "wide"])
+@pytest.mark.parametrize("compute", promoe.backend_info()["computes"])
+def test_an_update_leaves_what_a_load_would_make(config, compute):
+    """Products read packed twins of the weights, which an update writes as it goes, and a load from the start."""
+    model = small_model(config=config, compute=compute)
+    x, t, y, target = batch(config, 7)
+    y0 = y.clip(0, config.num_classes - 1)
+    outs = [model.forward(x, t, y)]
+    for step in range(2):
+        model.accumulate(x, y0, position=step)
+        model.update(lr=1e-2, ema=0.5)
+        loaded = promoe.Model(config, seed=9, compute=compute)
+        loaded.load_state_dict(model.state_dict())
+        outs.append(model.forward(x, t, y))
+        np.testing.assert_array_equal(outs[-1], loaded.forward(x, t, y))
+        mine, theirs = (m.loss_and_grad(x, t, y, target) for m in (model, loaded))
+        assert mine.loss == theirs.loss
+        for name, g in theirs.grads.items():
+            np.testing.assert_array_equal(mine.grads[name], g, err_msg=name)
+    assert not np.array_equal(outs[0], outs[1]) and not np.array_equal(outs[1], outs[2])
+    model.accumulate(x, y0, position=5)
+    model.gradients()[3] = np.nan
+    assert model.update(lr=1e-2, ema=0.5).skipped
+    np.testing.assert_array_equal(model.forward(x, t, y), outs[-1])
+
+
 def test_a_gradient_that_is_not_finite_is_skipped():
     model = small_model()
     train(model, steps=2)

@@ -26,7 +26,7 @@ def test_against_oracle(case):
     check_backward("experts", case, floor=8)
 
 
-@pytest.mark.parametrize("case", ["promoe", "slices", "dense", "skewed"])
+@pytest.mark.parametrize("case", ["promoe", "slices", "dense", "skewed", "swiglu", "swiglu_slices", "swiglu_dense"])
 def test_error_on_the_whole(case):
     """Root mean square errors are those of a naive float32 computation, up to chance."""
     inputs = make("experts", case)
@@ -43,11 +43,12 @@ def test_error_on_the_whole(case):
 
 @pytest.mark.parametrize("case", oracle.SMALL)
 def test_oracle_by_finite_differences(case):
-    names = ["x", "up", "up_bias", "down", "down_bias"]
-    check_finite_differences("experts", case, names + ["row_weight"] * ("dense" not in case))
+    names = [name for name in ("x", "up", "up_bias", "down", "down_bias", "row_weight") if name in make("experts", case)]
+    check_finite_differences("experts", case, names)
 
 
-@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "skewed", "slices", "dense", "blocks", "wide"])
+@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "skewed", "slices", "dense", "blocks", "wide",
+                                  "swiglu_biases", "swiglu_blocks"])
 def test_same_bits_for_any_thread_count(case):
     inputs, results = make("experts", case), []
     before = promoe.get_num_threads()
@@ -62,9 +63,10 @@ def test_same_bits_for_any_thread_count(case):
             np.testing.assert_array_equal(other[name], value, err_msg=name)
 
 
-def test_a_row_does_not_depend_on_its_company():
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_a_row_does_not_depend_on_its_company(activation):
     """A token's result has the same bits in a batch and alone."""
-    inputs = make("experts", "promoe")
+    inputs = oracle.case(70, 24, (48,) * 5, (48,), activation=activation)(np.random.default_rng(0))
     y = ops.experts_forward(**inputs)["y"]
     groups = len(inputs["row_off"]) - 1
     for n in (0, 1, 33, 69):
@@ -102,7 +104,7 @@ def test_gradients_that_are_not_wanted(unwanted):
         np.testing.assert_array_equal(value, full[name], err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["promoe", "two_shared", "dense"])
+@pytest.mark.parametrize("case", ["promoe", "two_shared", "dense", "swiglu", "swiglu_padded", "swiglu_dense"])
 def test_inference_saves_nothing(case):
     inputs = make("experts", case)
     full = ops.experts_forward(**inputs)
@@ -143,7 +145,8 @@ def test_weight_zero_still_has_a_gradient():
     assert not got["dup"][:routed].any() and got["dup"][routed:].any()
 
 
-@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "no_rows_no_shared", "D17"])
+@pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "no_rows_no_shared", "D17", "swiglu",
+                                  "swiglu_biases", "swiglu_some_without", "swiglu_D33"])
 def test_what_scratch_held_before_does_not_matter(case):
     inputs = make("experts", case)
     clean = run(inputs)
@@ -152,7 +155,7 @@ def test_what_scratch_held_before_does_not_matter(case):
         poisoned = run(inputs)
     finally:
         _core._poison(False)
-    for name in ("y", *GRADIENTS):
+    for name in {"y", *GRADIENTS} & set(clean):
         np.testing.assert_array_equal(poisoned[name], clean[name], err_msg=name)
 
 
@@ -180,3 +183,40 @@ def test_two_tokens_do_not_share_a_row():
     inputs["tok_row"][[0, 1]] = inputs["tok_row"][[1, 0]]
     with pytest.raises(ValueError, match="tok_row"):
         ops.experts_forward(**inputs)
+
+
+def test_swiglu_of_known_numbers():
+    """One token, one unit: silu(2 x) * 3 x * 5, and its slope."""
+    x, up = np.array([[0.7]], np.float32), np.array([[2.0], [3.0]], np.float32)
+    inputs = {"x": x, "foff": np.array([0, 1], np.int32), "up": up, "down": np.array([5.0], np.float32),
+              "activation": "swiglu", "G": 0}
+    outs = ops.experts_forward(**inputs)
+    s = 1 / (1 + np.exp(-1.4))
+    np.testing.assert_allclose(outs["pre_shared"], [[1.4, 2.1]], rtol=1e-6)
+    np.testing.assert_allclose(outs["y"], [[5 * 1.4 * s * 2.1]], rtol=1e-6)
+    grads = ops.experts_backward(**inputs, **outs, dy=np.ones((1, 1), np.float32))
+    assert set(grads) == {"dx", "dup", "ddown"}
+    gate, lift = 5 * 2.1 * (s + 1.4 * s * (1 - s)), 5 * 1.4 * s
+    np.testing.assert_allclose(grads["ddown"], [1.4 * s * 2.1], rtol=1e-6)
+    np.testing.assert_allclose(grads["dup"], [[0.7 * gate], [0.7 * lift]], rtol=1e-6)
+    np.testing.assert_allclose(grads["dx"], [[2 * gate + 3 * lift]], rtol=1e-6)
+
+
+def test_a_bias_of_zero_is_none():
+    inputs = make("experts", "swiglu")
+    outs = run(inputs)
+    zeros = run(inputs | {"up_bias": np.zeros(len(inputs["up"]), np.float32),
+                          "down_bias": np.zeros((len(inputs["foff"]) - 1, inputs["x"].shape[1]), np.float32)})
+    for name, value in outs.items():
+        np.testing.assert_array_equal(value, zeros[name], err_msg=name)
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"activation": "gelu_tanh", "W": 96, "Z": 96}, "up"), ({"activation": "swish"}, "activation"),
+    ({"W": 95}, "W"), ({"Z": 95}, "Z"), ({"P": 288}, "up"),
+])
+def test_a_gate_that_does_not_fit_is_an_error(changes, word):
+    inputs = make("experts", "swiglu")
+    ops.experts_forward(**inputs)
+    with pytest.raises(ValueError, match=rf"\b{word}\b"):
+        ops.experts_forward(**{**inputs, **changes})

@@ -35,3 +35,12 @@ def dgelu(x):
     c, a = x.dtype.type(np.sqrt(8 / np.pi)), x.dtype.type(0.044715)
     s = sigmoid(c * (x + a * x * x * x))
     return s + x * s * (1 - s) * c * (1 + 3 * a * x * x)
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def dsilu(x):
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))

@@ -1,0 +1,118 @@
+/* twins.h: writing the derived twin of a weight (F, D), as product.h lays it out: the panels for
+ * y = x W^T, then those for dx = dy W.
+ *
+ * It is written a strip of rows at a time, from rows that the caller has just read or made, so that
+ * they come out of the cache. Nobody reads panels soon: they are streamed past it, whole lines of 64
+ * bytes at a time, which saves reading what is overwritten. */
+
+/* Rows of a strip: a line of a forward panel (half of one at 16 floats of width, all of it else). */
+#define TWIN_ROWS (PM_NR < 16 ? PM_NR : 16)
+#define TWIN_VECTORS (TWIN_ROWS / PM_WIDTH)
+
+typedef struct {
+    pm_compute kind;
+    int64_t F, D;
+    product_word *forward, *backward;
+} twin;
+
+static inline twin twin_at(pm_compute kind, int64_t F, int64_t D, void *derived)
+{
+    return (twin){kind, F, D, derived, product_backward_panels(kind, derived, F, D)};
+}
+
+/* Columns i.. of a strip, transposed, to the rows of its panel. whole: TWIN_ROWS rows and PM_WIDTH
+ * columns are there; else n rows and `left` columns. */
+static inline __attribute__((always_inline)) void twin_square(pm_compute kind, bool whole,
+                                                              int64_t n, int64_t left,
+                                                              const float *w, int64_t ld,
+                                                              product_word *to)
+{
+    vf t[TWIN_VECTORS][PM_WIDTH];
+    for (int h = 0; h < TWIN_VECTORS; h++) {
+        for (int j = 0; j < PM_WIDTH; j++) {
+            const int64_t row = h * PM_WIDTH + j;
+            t[h][j] = whole ? v_load(w + row * ld) : row < n ? v_get(w + row * ld, left) : v_zero();
+        }
+        v_transpose(t[h]);
+    }
+    for (int j = 0; j < PM_WIDTH && (whole || j < left); j += kind == PM_FP32 ? 1 : 2)
+        for (int h = 0; h < TWIN_VECTORS; h++)
+            if (kind == PM_FP32)
+                v_stream(to + j * PM_NR + h * PM_WIDTH, t[h][j]);
+            else
+                v_stream(to + j / 2 * PM_NR + h * PM_WIDTH,
+                         v_pairs(kind == PM_BF16, t[h][j], t[h][j + 1]));
+}
+
+static inline __attribute__((always_inline)) void twin_forward(pm_compute kind, int64_t n,
+                                                               int64_t D, const float *w,
+                                                               product_word *to)
+{
+    int64_t i = 0;
+    if (n >= TWIN_ROWS)
+        for (; i + PM_WIDTH <= D; i += PM_WIDTH)
+            twin_square(kind, true, n, D - i, w + i, D, to + product_words(kind, i) * PM_NR);
+    for (; i < D; i += PM_WIDTH)
+        twin_square(kind, false, n, D - i, w + i, D, to + product_words(kind, i) * PM_NR);
+}
+
+/* The n rows of a strip to the same rows of each panel. */
+static inline __attribute__((always_inline)) void twin_backward(pm_compute kind, int64_t n,
+                                                                int64_t F, int64_t D,
+                                                                const float *w, product_word *to)
+{
+    const int64_t words = product_words(kind, F), per = product_per_word(kind);
+    for (int64_t p = 0; p < D; p += PM_NR)
+        for (int64_t i = 0; i < n; i += per)
+            for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
+                const int64_t left = D - p - j;
+                const float *from = w + i * D + p + j;
+                vf x = left > 0 ? v_get(from, left) : v_zero();
+                if (per == 2)
+                    x = v_pairs(kind == PM_BF16, x,
+                                left > 0 && i + 1 < n ? v_get(from + D, left) : v_zero());
+                v_stream(to + p * words + i / per * PM_NR + j, x);
+            }
+}
+
+/* The strip at row f, a multiple of TWIN_ROWS, of both twins: w has its rows, as many of TWIN_ROWS
+ * as there are; none is a strip of padding. Ends with v_stream_end. */
+static void twin_strip(const twin *t, int64_t f, const float *w)
+{
+    const int64_t n = pm_max(0, pm_min(TWIN_ROWS, t->F - f)), panel = f / PM_NR * PM_NR;
+    product_word *const forward = t->forward + panel * product_words(t->kind, t->D) + f - panel;
+    product_word *const backward = t->backward + f / product_per_word(t->kind) * PM_NR;
+    if (t->kind == PM_FP32) {
+        twin_forward(PM_FP32, n, t->D, w, forward);
+        twin_backward(PM_FP32, n, t->F, t->D, w, backward);
+    } else if (t->kind == PM_BF16) {
+        twin_forward(PM_BF16, n, t->D, w, forward);
+        twin_backward(PM_BF16, n, t->F, t->D, w, backward);
+    } else {
+        twin_forward(PM_BF16_EMULATED, n, t->D, w, forward);
+        twin_backward(PM_BF16_EMULATED, n, t->F, t->D, w, backward);
+    }
+    v_stream_end();
+}
+
+/* ---------------------------------------------------------------- a whole weight */
+
+typedef struct {
+    twin twin;
+    const float *w;
+} twin_job;
+
+static void twin_task(void *arg, int64_t task, int worker)
+{
+    (void)worker;
+    const twin_job *const job = arg;
+    for (int64_t f = task * PM_NR; f < (task + 1) * PM_NR; f += TWIN_ROWS)
+        twin_strip(&job->twin, f, job->w + f * job->twin.D);
+}
+
+static pm_status twin_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
+{
+    twin_job job = {twin_at(ctx->backend->compute, F, D, derived), w};
+    pm_parallel(ctx->pool, product_panels(F), twin_task, &job);
+    return PM_OK;
+}
