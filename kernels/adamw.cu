@@ -1,7 +1,8 @@
 // adamw.cu: contract in csrc/ops/adamw.h. First one thread works out, in double, what is the same for
 // all numbers: hyper and norm are read on the device, so a captured graph sees those of its replay.
 // Then one sweep over the slabs, a thread per four numbers: grad, param, m, v and avg are read and
-// written once, 16 bytes at a time: 40 M bytes, 32 M without avg. No number needs another, so where one
+// written once, 16 bytes at a time: 40 M bytes, 32 M without avg; and the bf16 shadows of what lies in a
+// matrix (2 bytes more), found by walking the list from the matrix of the block's first number. No number needs another, so where one
 // lies in a slab changes no bit, and with every product and sum spelled out (fmaf) they are the CPU's,
 // as far as pow is.
 #include <math.h>
@@ -85,14 +86,67 @@ PM_DEVICE float average(const settings &s, float avg, float p)
 using pack = pm_pack<float>;
 PM_DEVICE pack &pack_at(float *p) { return *reinterpret_cast<pack *>(p); }
 
+// The matrix of the list that ends behind number i, counting from one that does not come later.
+PM_DEVICE int64_t matrix_after(const pm_twins &twins, int64_t from, int64_t i)
+{
+    while (from < twins.count && twins.list[from].at + twins.list[from].F * twins.list[from].D <= i)
+        from++;
+    return from;
+}
+
+// The bf16 shadows of the numbers i .. i+n-1 (n <= 4), where they belong to a matrix; the one that has
+// number i is not before `from`. Four of one matrix go in one store.
+PM_DEVICE void shadow(const pm_twins &twins, int64_t from, int64_t i, int n, const float *p)
+{
+    int64_t at = matrix_after(twins, from, i);
+    for (int k = 0; k < n; k++) {
+        at = matrix_after(twins, at, i + k);
+        if (at == twins.count)
+            return;
+        const pm_twin &t = twins.list[at];
+        const int64_t place = i + k - t.at; // in the matrix, once it is not negative
+        bf16 *const to = reinterpret_cast<bf16 *>(static_cast<char *>(twins.derived) + t.derived);
+        if (place >= 0 && place % pack::SIZE == 0 && k + pack::SIZE <= n &&
+            place + pack::SIZE <= t.F * t.D) {
+            struct alignas(8) four {
+                bf16 v[pack::SIZE];
+            } all;
+#pragma unroll
+            for (int j = 0; j < pack::SIZE; j++)
+                all.v[j] = pm_to<bf16>(p[k + j]);
+            *reinterpret_cast<four *>(to + place) = all;
+            return; // n is at most as many
+        }
+        if (place >= 0)
+            to[place] = pm_to<bf16>(p[k]);
+    }
+}
+
 // wide: every slab is aligned to 16 bytes. The last numbers of slabs go one at a time.
 __global__ void __launch_bounds__(256)
     sweep_kernel(int64_t M, bool wide, const settings *__restrict__ set, float *__restrict__ grad,
                  float *__restrict__ param, float *__restrict__ m, float *__restrict__ v,
-                 float *__restrict__ avg)
+                 float *__restrict__ avg, pm_twins twins)
 {
+    __shared__ int64_t first; // the matrix that the block's first number may be in
     const int64_t i = pack::SIZE * pm_thread();
     const settings s = *set;
+    if (twins.count) {
+        if (threadIdx.x == 0) {
+            const int64_t begin = pack::SIZE * (int64_t)blockIdx.x * blockDim.x;
+            int64_t low = 0, high = twins.count; // the first one that ends behind begin
+            while (low < high) {
+                const int64_t middle = (low + high) / 2;
+                const pm_twin &t = twins.list[middle];
+                if (t.at + t.F * t.D <= begin)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            first = low;
+        }
+        __syncthreads();
+    }
     if (i >= M || s.what == WRONG)
         return;
     if (wide && i + pack::SIZE <= M) {
@@ -110,6 +164,8 @@ __global__ void __launch_bounds__(256)
             pack_at(v + i) = pv;
             if (avg)
                 pack_at(avg + i) = a;
+            if (twins.count)
+                shadow(twins, first, i, pack::SIZE, p.v);
         }
         pack_at(grad + i) = pack{};
         return;
@@ -119,6 +175,8 @@ __global__ void __launch_bounds__(256)
             param[j] = move(s, param[j], grad[j], &m[j], &v[j]);
             if (avg)
                 avg[j] = average(s, avg[j], param[j]);
+            if (twins.count)
+                shadow(twins, first, j, 1, param + j);
         }
         grad[j] = 0;
     }
@@ -138,7 +196,7 @@ template <class T> pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, 
                       pm_aligned(g->v) && pm_aligned(g->avg);
     PM_RUN(ctx, settings_kernel, 1, 1, 0, g->hyper, g->norm, set, pm_device().fault);
     PM_RUN(ctx, sweep_kernel, pm_blocks(g->M, 256 * pack::SIZE), 256, 0, g->M, wide, set, g->grad,
-           g->param, g->m, g->v, g->avg);
+           g->param, g->m, g->v, g->avg, g->twins);
     return PM_OK;
 }
 

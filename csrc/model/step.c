@@ -336,16 +336,11 @@ static pm_status optimize(void *arg)
                                .param = m->slab[PM_SLAB_PARAM],
                                .m = m->slab[PM_SLAB_M],
                                .v = m->slab[PM_SLAB_V],
-<<<<<<< HEAD
-                               .avg = o->has_ema ? m->slab[PM_SLAB_EMA] : NULL});
-    return r->dry ? PM_OK : pm_model_derive(r->ctx, m);
-=======
-                               .avg = has_ema ? m->slab[PM_SLAB_EMA] : NULL,
+                               .avg = o->has_ema ? m->slab[PM_SLAB_EMA] : NULL,
                                .twins = {.count = m->derived ? m->layout.matrix_count : 0,
                                          .list = m->twins,
                                          .derived = m->derived}});
     return PM_OK;
->>>>>>> cpu-optimizer
 }
 
 static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm_step_info *info)
@@ -389,11 +384,6 @@ static pm_status update(pm_ctx *ctx, pm_model *m, const pm_update_options *o, pm
         m->skipped++;
     else
         m->step++;
-<<<<<<< HEAD
-=======
-        m->ema_derived_fresh = false;
-    }
->>>>>>> cpu-optimizer
     *info = (pm_step_info){.mse = m->mse / m->weight,
                            .aux = m->aux / m->weight,
                            .grad_norm = norm,
