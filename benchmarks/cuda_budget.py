@@ -5,7 +5,8 @@
 Every op of a step runs at the model's shapes on device="cuda-on-cpu", in the build whose every access is seen: per kernel
 the bytes of device memory that it reads and writes, the same with each 32-byte sector counted once a launch (what has to
 come from memory when the L2 cache holds the rest), and the operations of its tensor-core instructions. cuBLASLt's products
-count each matrix once. It is done for one image and for two; what follows for more is a straight line through both. bf16.
+count each matrix once. It is done for one image and for two (routed experts: more); what follows for many is a straight line
+through both. bf16.
 
 Budget (B3 of the notes on performance): outside of products and attention, 24 D bytes per token and block forward and 53 D
 backward, at 4.0 TB/s; the optimizer 38 bytes per parameter, its norm 8; products at 720 TFLOP/s, attention at 380.
@@ -30,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 DEVICE, COMPUTE = "cuda-on-cpu", "bf16"
 BANDWIDTH, PRODUCTS, ATTENTION = 4.0e12, 720e12, 380e12  # of an H200: bytes and operations per second that B3 reckons with
 BUDGET = {"forward": 24, "backward": 53}  # bytes per number of the stream and block
+# Images of the two runs. Routed experts have large tiles from 96 rows per group on, which 5 images have.
+BASE, BASE_OF = (1, 2), {"experts routed": (5, 7)}
 COLUMNS = ("launches", "read", "written", "read_once", "written_once", "tensor_operations")
 
 
@@ -136,9 +139,9 @@ def one(config, name, images):
     return found
 
 
-def line(one_image, two_images, images):
-    """What `images` images take, when one and two take that."""
-    return one_image + (two_images - one_image) * (images - 1)
+def line(base, few, more, images):
+    """What `images` images take, when base[0] and base[1] of them take that."""
+    return few + (more - few) * (images - base[0]) / (base[1] - base[0])
 
 
 def step(config, images_wanted, experts=True):
@@ -149,20 +152,21 @@ def step(config, images_wanted, experts=True):
         if not times or (op == "experts" and not experts):
             continue
         began = time.perf_counter()
-        a, b = one(config, name, 1), one(config, name, 2)
+        base = BASE_OF.get(name, BASE)
+        a, b = (one(config, name, images) for images in base)
         for way in a:
             row = {"case": name, "op": op, "way": way, "times": times, "images": {}}
             kernels = sorted({*a[way]["kernels"], *b[way]["kernels"]})
             zero = dict.fromkeys(COLUMNS, 0.0)
             for images in images_wanted:
-                columns = {k: {c: times * line(a[way]["kernels"].get(k, zero)[c], b[way]["kernels"].get(k, zero)[c], images)
+                columns = {k: {c: times * line(base, a[way]["kernels"].get(k, zero)[c], b[way]["kernels"].get(k, zero)[c], images)
                                for c in COLUMNS} for k in kernels}
                 for k in kernels:  # the number of launches does not grow
                     columns[k]["launches"] = times * b[way]["kernels"].get(k, zero)["launches"]
                 total = {c: sum(v[c] for v in columns.values()) for c in COLUMNS}
                 row["images"][images] = {
-                    **total, "arrays": times * line(a[way]["arrays"], b[way]["arrays"], images),
-                    "operations": times * line(a[way]["operations"], b[way]["operations"], images), "kernels": columns}
+                    **total, "arrays": times * line(base, a[way]["arrays"], b[way]["arrays"], images),
+                    "operations": times * line(base, a[way]["operations"], b[way]["operations"], images), "kernels": columns}
             rows.append(row)
         print(f"  {name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return rows
@@ -173,15 +177,17 @@ def optimizer():
     from promoe import ops
     from tests.oracle.adamw import hyper
 
-    M, rng = 1 << 16, np.random.default_rng(0)
+    M, rng = 1 << 16, np.random.default_rng(0)  # = F * D below
     g, p, m, v, avg = (rng.standard_normal(M).astype(np.float32) for _ in range(5))
     where = {"device": DEVICE, "compute": COMPUTE}
     found = {"grad_norm": counted(lambda: ops.grad_norm_forward(g, **where)),
              "adamw": counted(lambda: ops.adamw_forward(hyper=hyper(lr=1e-4, clip=0.5, step=10), norm=np.array([7.0]), grad=g,
                                                         param=p, m=m, v=v * v, avg=avg, **where))}
-    per = {op: {"bytes": sum(k["read"] + k["written"] for k in kernels.values()) / M, "kernels": kernels}
-           for op, kernels in found.items()}
-    return {**per, "derive": {"bytes": 6.0}}  # reads a float, writes a bf16
+    F, D = 512, 128
+    x, weight = np.zeros((1, D), np.float32), rng.standard_normal((F, D)).astype(np.float32)
+    found["derive"] = {k: v for k, v in counted(lambda: ops.linear_forward(x, weight, **where)).items() if "round_kernel" in k}
+    return {op: {"bytes": sum(k["read_once"] + k["written_once"] for k in kernels.values()) / M, "kernels": kernels}
+            for op, kernels in found.items()}
 
 
 # ---------------------------------------------------------------- beside the budget
