@@ -243,6 +243,9 @@ def test_samples_are_those_of_the_cpu(arguments):
     assert relative(there, here) < 1e-5
     again = small_model(device=DEVICE).sample(labels, steps=5, seed=2, **arguments)
     assert np.array_equal(again, there)
+    if "together" in arguments:
+        other = small_model(device=DEVICE).sample(labels, steps=5, seed=2, cfg=2.5, together=not arguments["together"])
+        assert relative(other, there) < 1e-6
 
 
 def test_sampling_in_bf16_with_a_callback_and_its_averages():
