@@ -50,6 +50,5 @@ def test_bytes_and_operations_of_known_kernels():
     assert row["tensor_operations"] >= 4 * 64 * 64 * 2 * 64 and row["tensor_operations"] % 4096 == 0
     assert row["read_once"] >= 2 * 64 * 3 * 2 * 64 and row["written_once"] >= 2 * 64 * 2 * 64
     assert found["nothing"] == {}
-    per = {op: part["bytes"] for op, part in result["optimizer"].items()}
-    assert per["grad_norm"] == pytest.approx(4, abs=0.1) and per["derive"] == pytest.approx(6, abs=0.1)
-    assert per["adamw"] == pytest.approx(40, abs=0.5)  # 5 arrays read; p, m, v, EMA and the emptied gradient written
+    # the norm reads the gradient; AdamW reads g, p, m, v, EMA and writes p, m, v, EMA, a gradient of zeros, and bf16 weights
+    assert result["optimizer"]["bytes"] == pytest.approx(4 + 5 * 4 + 5 * 4 + 2, abs=1.5)
