@@ -190,6 +190,7 @@ def optimizer():
     x, y = promoe.load_digits()
     model = promoe.Model(promoe.preset("ProMoE-digits"), device=DEVICE, compute=COMPUTE)
     model.accumulate(x[:2], y[:2], 0)
+    model.gradients().numpy()  # waits for it
     kernels = counted(lambda: model.update(lr=1e-4))
     parameters = sum(place.stop - place.start for place in model.grad_index.values())
     return {"bytes": sum(k["read_once"] + k["written_once"] for k in kernels.values()) / parameters, "kernels": kernels}
