@@ -21,6 +21,7 @@ from benchmarks import counts  # noqa: E402
 # Of the data sheets, dense bf16: operations per second. MFU is a share of these.
 DATASHEET = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40": 181e12, "RTX 4090": 165e12}
 GUIDANCE, SAMPLE_STEPS = 1.5, 250
+DEVICE = "cuda"
 
 
 def datasheet(gpu):
@@ -78,16 +79,16 @@ def product_peak(N=32768, D=8192, F=8192, rounds=10):
 
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
-    x, weight = DeviceArray(draw(N, D), "cuda", "bfloat16"), DeviceArray(draw(F, D), "cuda")
-    y = DeviceArray(np.zeros((N, F), np.float32), "cuda", "bfloat16")
-    ms = median_ms(lambda: ops.linear_forward(x, weight, y=y, device="cuda", compute="bf16"), rounds)
+    x, weight = DeviceArray(draw(N, D), DEVICE, "bfloat16"), DeviceArray(draw(F, D), DEVICE)
+    y = DeviceArray(np.zeros((N, F), np.float32), DEVICE, "bfloat16")
+    ms = median_ms(lambda: ops.linear_forward(x, weight, y=y, device=DEVICE, compute="bf16"), rounds)
     return 2.0 * N * D * F / ms * 1e3
 
 
 def peaks():
     from promoe import _core
 
-    _, gpu = _core._device("cuda", "bf16")
+    _, gpu = _core._device(DEVICE, "bf16")
     return {"copy_bytes_per_second": copy_bandwidth(), "product_operations_per_second": product_peak(),
             "datasheet_operations_per_second": datasheet(gpu), "gpu": gpu}
 
@@ -113,7 +114,7 @@ def shaken(model):
 def share(rate):
     from promoe import _core
 
-    peak = datasheet(_core._device("cuda", "bf16")[1])
+    peak = datasheet(_core._device(DEVICE, "bf16")[1])
     return rate / peak if peak else None
 
 
@@ -135,7 +136,7 @@ def step(name, images, rounds=10):
     import promoe
 
     config = promoe.preset(f"ProMoE-{name}")
-    model, position = shaken(promoe.Model(config, seed=0, device="cuda", compute="bf16")), 0
+    model, position = shaken(promoe.Model(config, seed=0, device=DEVICE, compute="bf16")), 0
     x, y = batch(config, images)
 
     def run():
@@ -155,20 +156,26 @@ def step(name, images, rounds=10):
     work = {f"{op} {way}": n for way, of in (("forward", counts.forward), ("backward", counts.backward))
             for op, n in of(config, images).items()}
     moved = budget_of(name) if images == 256 else {}
+    rows = model.profile(False)
+    model.close()
+    copy, product = copy_bandwidth(2048, 10), product_peak()  # of this very minute
     ops = [{"op": op, "ms": 1e3 * row["seconds"] / 3, "calls": row["calls"] // 3,
-            **({"tflops": work[op] / row["seconds"] * 3 / 1e12} if op in work else {}),
-            **({"gb_per_s": moved[op] / row["seconds"] * 3 / 1e9} if op in moved else {})}
-           for op, row in model.profile(False).items()]
+            **({"tflops": work[op] / row["seconds"] * 3 / 1e12, "share_of_product_peak": work[op] / row["seconds"] * 3 / product}
+               if op in work else {}),
+            **({"gb_per_s": moved[op] / row["seconds"] * 3 / 1e9, "share_of_bandwidth": moved[op] / row["seconds"] * 3 / copy}
+               if op in moved else {})}
+           for op, row in rows.items()]
     return {"ms": ms, "images_per_second": images / seconds, "tflops": 3 * forward / seconds / 1e12,
-            "mfu": share(3 * forward / seconds), "loss": info.loss, "memory": promoe.memory_estimate(
-                config, images, device="cuda", compute="bf16")["total"], "ops_one_by_one": ops}
+            "mfu": share(3 * forward / seconds), "loss": info.loss, "copy_bytes_per_second": copy,
+            "product_operations_per_second": product, "memory": promoe.memory_estimate(
+                config, images, device=DEVICE, compute="bf16")["total"], "ops_one_by_one": ops}
 
 
 def sample(name, images):
     import promoe
 
     config = promoe.preset(f"ProMoE-{name}")
-    model = shaken(promoe.Model(config, seed=0, device="cuda", compute="bf16"))
+    model = shaken(promoe.Model(config, seed=0, device=DEVICE, compute="bf16"))
     labels = np.arange(images) % config.num_classes
     model.sample(labels, steps=3, cfg=GUIDANCE, weights="live")  # the graph is recorded
     ms = median_ms(lambda: model.sample(labels, steps=SAMPLE_STEPS, cfg=GUIDANCE, weights="live", seed=1), 1 if images > 1 else 3,
@@ -210,7 +217,7 @@ class Public:
     def data(self, images):
         torch = self.torch
         x = torch.randn(images, 4, 32, 32, device="cuda")
-        return x, torch.rand(images, device="cuda") * 1000, torch.randint(0, 1000, (images,), device="cuda")
+        return x, torch.rand(images, device="cuda") * 1000, torch.randint(0, 1000, (images,), device=DEVICE)
 
     def step(self, x, t, y):
         torch = self.torch
@@ -257,7 +264,7 @@ def public(name, images, how, repo, sampling=False):
 
     theirs = Public(name, how, repo)
     config = promoe.preset(f"ProMoE-{name}")
-    ours = promoe.Model(config, seed=0, device="cuda", compute="bf16")
+    ours = promoe.Model(config, seed=0, device=DEVICE, compute="bf16")
     ours.load_state_dict({k: v.detach().cpu().numpy() for k, v in theirs.model.state_dict().items()})
     x, t, y = theirs.data(4)
     theirs.model.eval()
@@ -286,16 +293,15 @@ def public(name, images, how, repo, sampling=False):
 
 def main(argv):
     what, *rest = argv
-    if what == "peaks":
-        found = peaks()
-    elif what == "step":
-        found = step(rest[0], int(rest[1]))
-    elif what == "sample":
-        found = sample(rest[0], int(rest[1]))
-    elif what in ("public", "public-sample"):
-        found = public(rest[0], int(rest[1]), rest[2], rest[3], what == "public-sample")
-    else:
+    measures = {"peaks": peaks, "step": lambda: step(rest[0], int(rest[1])), "sample": lambda: sample(rest[0], int(rest[1])),
+                "public": lambda: public(rest[0], int(rest[1]), *rest[2:4]),
+                "public-sample": lambda: public(rest[0], int(rest[1]), *rest[2:4], sampling=True)}
+    if what not in measures:
         raise SystemExit(__doc__)
+    try:
+        found = measures[what]()
+    except MemoryError as error:
+        found = {"status": "not run", "why": f"it does not fit: {error}"}
     print(json.dumps(found))
 
 

@@ -22,7 +22,7 @@ constexpr size_t HALF = (size_t)4 << 20;
 struct device {
     bool open;
     int number, capability; // 80, 90
-    char name[320]; // "NVIDIA H200, 150.1 GB, driver for CUDA 13.0"
+    char name[320];         // "NVIDIA H200, 150.1 GB, driver for CUDA 13.0"
     pm_gpu gpu;
     char *staging; // 2 HALFs
     cudaEvent_t done[2];

@@ -141,10 +141,30 @@ def test_info(trained, capsys):
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("instructions", "threads", "huge pages", "Pillow", "cuda          not built"):
+    for word in ("instructions", "threads", "huge pages", "Pillow", "cuda          "):
         assert word in text
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+def test_doctor_says_what_is_with_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    assert doctor._cuda().startswith("not built: this promoe was built with PROMOE_CUDA=0")
+    (tmp_path / "_cuda.txt").write_text("not built: there is no nvcc\n")
+    assert doctor._cuda() == "not built: there is no nvcc"
+    (tmp_path / "_cuda.so").touch()
+    (tmp_path / "_cuda.txt").write_text("built by nvcc 13.0 for sm_80\n")
+
+    def device(name, compute):
+        if name == "cuda" and broken:
+            raise ValueError("Model: device 'cuda': this machine has no NVIDIA driver")
+        return "sm_90", "NVIDIA H200, 150.1 GB, driver for CUDA 13.0"
+
+    monkeypatch.setattr(doctor._core, "_device", device)
+    broken = True
+    assert doctor._cuda() == "built by nvcc 13.0 for sm_80; no GPU: device 'cuda': this machine has no NVIDIA driver"
+    broken = False
+    assert doctor._cuda() == "built by nvcc 13.0 for sm_80; NVIDIA H200, 150.1 GB, driver for CUDA 13.0, sm_90"
 
 
 def test_doctor_finds_what_is_wrong(monkeypatch, capsys):

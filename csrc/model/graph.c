@@ -41,7 +41,10 @@ static pm_status record(pm_ctx *ctx, pm_graph *g, pm_status (*body)(void *arg), 
     char why[sizeof ctx->message];
     void *graph = NULL;
     PM_TRY(ctx->backend->begin_capture(ctx));
+    int (*const poll)(void *) = ctx->poll;
+    ctx->poll = NULL; /* a signal handler may do anything, and nothing may be done now */
     const pm_status status = body(arg);
+    ctx->poll = poll;
     memcpy(why, ctx->message, sizeof why);
     const pm_status end = ctx->backend->end_capture(ctx, &graph);
     if (status != PM_OK) { /* why is the reason; the end only follows from it */

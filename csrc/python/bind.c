@@ -1,36 +1,15 @@
-/* bind.c: reads, checks and makes the arguments of an op by its field table. */
-#include "bind.h"
+/* bind.c: a call of an op by its field table: its arrays and dims are checked and made, and it runs. */
+#include "call.h"
 
 #include <limits.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "array.h"
 #include "errors.h"
 #include "place.h"
 #include "shape.h"
 
 bool bind_poison;
-
-/* One call. values[i] is the argument of field i, values[count + i] that of its gradient; borrowed. */
-typedef struct {
-    const bind_op *op;
-    bool backward;
-    PyObject *values[2 * BIND_MOST_FIELDS]; /* NULL: not given, or None */
-    bool none[2 * BIND_MOST_FIELDS];        /* given as None */
-    PyObject *made[2 * BIND_MOST_FIELDS];   /* arrays made here; owned */
-    array_view views[2 * BIND_MOST_FIELDS]; /* of the values that are arrays */
-    void *mirrors[2 * BIND_MOST_FIELDS];    /* host copies of indices on a device; owned */
-    bool on_device;                         /* an argument is: so is what is made */
-    const pm_backend *backend;
-    PyObject *where[2]; /* device, compute; NULL: not given */
-    bind_dims dims;
-} call;
-
-static const char *const WHERE[2] = {"device", "compute"}, *const HERE[2] = {"cpu", "fp32"};
-
-#define FUNCTION(c) (c)->op->name, (c)->backward ? "backward" : "forward"
 
 /* ---------------------------------------------------------------- facts about fields */
 
@@ -122,14 +101,6 @@ const char *bind_type_name(bind_type type)
     }
 }
 
-/* The argument's name of slot i: the field's, or d<field>. */
-static const char *slot_name(const call *c, int i, char buffer[64])
-{
-    const int count = c->op->count;
-    snprintf(buffer, 64, "%s%s", i >= count ? "d" : "", c->op->fields[i % count].name);
-    return buffer;
-}
-
 /* ---------------------------------------------------------------- shapes */
 
 /* "float32 (3, 4)": what was given. */
@@ -163,7 +134,7 @@ static int wrong_array(const call *c, int slot, PyObject *type, const char *prob
     PyObject *what = given(c, slot);
     if (what)
         PyErr_Format(type, "%s_%s: %s must be a C-contiguous %s array of shape %s = %s%s; got %S%s",
-                     FUNCTION(c), slot_name(c, slot, name),
+                     CALL_FUNCTION(c), call_slot_name(c, slot, name),
                      bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), letters, numbers,
                      origins, what, problem);
     Py_XDECREF(what);
@@ -220,216 +191,9 @@ static int whole_shape(const call *c, const bind_field *f, int64_t shape[BIND_MO
     if (overflow || bytes > (int64_t)1 << 55) {
         char numbers[160];
         shape_values(f->text, &c->dims, numbers, sizeof numbers);
-        PyErr_Format(PyExc_ValueError, "%s_%s: %s of shape %s is too large", FUNCTION(c), f->name,
-                     numbers);
+        PyErr_Format(PyExc_ValueError, "%s_%s: %s of shape %s is too large", CALL_FUNCTION(c),
+                     f->name, numbers);
         return -1;
-    }
-    return 0;
-}
-
-/* ---------------------------------------------------------------- reading the call */
-
-static int slot_of(const call *c, const char *word)
-{
-    for (int i = 0; i < c->op->count; i++)
-        if (c->op->fields[i].kind != BIND_LD && !strcmp(c->op->fields[i].name, word))
-            return i;
-    if (c->backward && word[0] == 'd')
-        for (int i = 0; i < c->op->count; i++) {
-            const bind_field *f = &c->op->fields[i];
-            if ((bind_has_grad(f) || bind_has_upstream(f)) && !strcmp(f->name, word + 1))
-                return c->op->count + i;
-        }
-    return -1;
-}
-
-static int unknown_keyword(const call *c, const char *word)
-{
-    char name[64], nearest[64] = "";
-    int best = 3; /* at most two letters away */
-    for (int i = 0; i < 2 * c->op->count; i++) {
-        if (slot_of(c, slot_name(c, i, name)) != i)
-            continue;
-        const int distance = core_distance(word, name);
-        if (distance < best) {
-            best = distance;
-            strcpy(nearest, name);
-        }
-    }
-    for (int i = 0; i < 2; i++)
-        if (core_distance(word, WHERE[i]) < best) {
-            best = core_distance(word, WHERE[i]);
-            strcpy(nearest, WHERE[i]);
-        }
-    PyErr_Format(PyExc_TypeError, "%s_%s: there is no argument '%s'%s%s%s", FUNCTION(c), word,
-                 *nearest ? "; did you mean '" : "", nearest, *nearest ? "'?" : "");
-    return -1;
-}
-
-static int store(call *c, int slot, PyObject *value)
-{
-    char name[64];
-    if (c->values[slot] || c->none[slot]) {
-        PyErr_Format(PyExc_TypeError, "%s_%s: %s is given twice", FUNCTION(c),
-                     slot_name(c, slot, name));
-        return -1;
-    }
-    if (value == Py_None)
-        c->none[slot] = true;
-    else
-        c->values[slot] = value;
-    return 0;
-}
-
-static int read_arguments(call *c, PyObject *const *arguments, Py_ssize_t count, PyObject *keywords)
-{
-    const int most = bind_positional(c->op);
-    if (count > most) {
-        PyErr_Format(PyExc_TypeError, "%s_%s: %d arguments may be given by position; got %zd",
-                     FUNCTION(c), most, count);
-        return -1;
-    }
-    for (int i = 0, n = 0; n < count; i++)
-        if (bind_is_input(&c->op->fields[i]) && store(c, i, arguments[n++]) < 0)
-            return -1;
-    for (Py_ssize_t k = 0; keywords && k < PyTuple_GET_SIZE(keywords); k++) {
-        const char *word = PyUnicode_AsUTF8(PyTuple_GET_ITEM(keywords, k));
-        if (!word)
-            return -1;
-        const int slot = slot_of(c, word);
-        if (!strcmp(word, WHERE[0]) || !strcmp(word, WHERE[1]))
-            c->where[!strcmp(word, WHERE[1])] = arguments[count + k];
-        else if (slot < 0)
-            return unknown_keyword(c, word);
-        else if (store(c, slot, arguments[count + k]) < 0)
-            return -1;
-    }
-    return 0;
-}
-
-static int wrong_type(const call *c, int slot, const char *expected)
-{
-    char name[64];
-    if (c->values[slot])
-        PyErr_Format(PyExc_TypeError, "%s_%s: %s must be %s; got %.80s %.80R", FUNCTION(c),
-                     slot_name(c, slot, name), expected, Py_TYPE(c->values[slot])->tp_name,
-                     c->values[slot]);
-    else
-        PyErr_Format(PyExc_TypeError, "%s_%s: %s must be %s; got None", FUNCTION(c),
-                     slot_name(c, slot, name), expected);
-    return -1;
-}
-
-bool bind_is_int(PyObject *value)
-{
-    return PyIndex_Check(value) && !PyBool_Check(value) && !PyArray_IsScalar(value, Bool) &&
-           !PyArray_Check(value);
-}
-
-static int read_int(const call *c, int slot, int64_t *out)
-{
-    PyObject *value = c->values[slot];
-    if (!value || !bind_is_int(value))
-        return wrong_type(c, slot, "an int");
-    PyObject *number = PyNumber_Index(value);
-    if (!number)
-        return -1;
-    int overflow;
-    *out = PyLong_AsLongLongAndOverflow(number, &overflow);
-    Py_DECREF(number);
-    if (overflow)
-        PyErr_Format(PyExc_ValueError, "%s_%s: %s must fit in 64 bits; got %.80S", FUNCTION(c),
-                     c->op->fields[slot].name, value);
-    return overflow ? -1 : 0;
-}
-
-/* A finite float, or an int. */
-static int read_real(const call *c, int slot, double *out)
-{
-    PyObject *value = c->values[slot];
-    if (!value || PyBool_Check(value) ||
-        !(PyFloat_Check(value) || PyLong_Check(value) || PyArray_IsScalar(value, Floating) ||
-          PyArray_IsScalar(value, Integer)))
-        return wrong_type(c, slot, "a float");
-    *out = PyFloat_AsDouble(value);
-    if (*out == -1.0 && PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
-        return -1;
-    if (PyErr_Occurred() || !isfinite(*out)) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_ValueError, "%s_%s: %s must be finite; got %.80S", FUNCTION(c),
-                     c->op->fields[slot].name, value);
-        return -1;
-    }
-    return 0;
-}
-
-static int read_enum(const call *c, int slot, int *out)
-{
-    const bind_field *f = &c->op->fields[slot];
-    PyObject *value = c->values[slot];
-    if (!value || !PyUnicode_Check(value))
-        return wrong_type(c, slot, "a str");
-    Py_ssize_t n;
-    const char *word = PyUnicode_AsUTF8AndSize(value, &n), *at = f->text;
-    if (!word)
-        return -1;
-    for (int i = 0;; i++) {
-        const size_t length = strcspn(at, "|");
-        if ((size_t)n == length && !memcmp(at, word, length)) {
-            *out = i;
-            return 0;
-        }
-        if (!at[length])
-            break;
-        at += length + 1;
-    }
-    PyErr_Format(PyExc_ValueError, "%s_%s: %s must be one of %s; got %.80R", FUNCTION(c), f->name,
-                 f->text, value);
-    return -1;
-}
-
-/* Attributes into args, and the dims that are keywords. */
-static int read_scalars(call *c, char *args)
-{
-    for (int i = 0; i < c->op->count; i++) {
-        const bind_field *f = &c->op->fields[i];
-        const bool given = c->values[i] || c->none[i];
-        int64_t whole = (int64_t)f->value;
-        double real = f->value;
-        int word = (int)f->value;
-        switch (f->kind) {
-        case BIND_DIM:
-            if (!given)
-                break;
-            if (read_int(c, i, &whole) < 0)
-                return -1;
-            if (whole < 0) {
-                PyErr_Format(PyExc_ValueError, "%s_%s: %s must be at least 0; got %lld",
-                             FUNCTION(c), f->name, (long long)whole);
-                return -1;
-            }
-            c->dims.value[f->name[0] - 'A'] = whole;
-            c->dims.known[f->name[0] - 'A'] = true;
-            c->dims.from[f->name[0] - 'A'] = "keyword";
-            break;
-        case BIND_INT:
-            if (given && read_int(c, i, &whole) < 0)
-                return -1;
-            *(int64_t *)(args + f->at) = whole;
-            break;
-        case BIND_REAL:
-            if (given && read_real(c, i, &real) < 0)
-                return -1;
-            *(double *)(args + f->at) = real;
-            break;
-        case BIND_ENUM:
-            if (given && read_enum(c, i, &word) < 0)
-                return -1;
-            *(int *)(args + f->at) = word;
-            break;
-        default:
-            break;
-        }
     }
     return 0;
 }
@@ -447,8 +211,8 @@ static int missing(const call *c, int slot)
     char name[64], shape[96];
     const bind_field *f = &c->op->fields[slot % c->op->count];
     shape_text(f->text, shape, sizeof shape);
-    PyErr_Format(PyExc_TypeError, "%s_%s: %s is missing: a %s array of shape %s%s", FUNCTION(c),
-                 slot_name(c, slot, name),
+    PyErr_Format(PyExc_TypeError, "%s_%s: %s is missing: a %s array of shape %s%s",
+                 CALL_FUNCTION(c), call_slot_name(c, slot, name),
                  bind_type_name(slot >= c->op->count ? BIND_f32 : f->type), shape,
                  c->none[slot] ? "; got None" : "");
     return -1;
@@ -493,14 +257,14 @@ static int check_array(call *c, int slot, bool writes)
     PyObject *value = c->values[slot];
     if (array_is_device(value)) {
         char who[192], name[64];
-        snprintf(who, sizeof who, "%s_%s: %s", FUNCTION(c), slot_name(c, slot, name));
+        snprintf(who, sizeof who, "%s_%s: %s", CALL_FUNCTION(c), call_slot_name(c, slot, name));
         c->on_device = true;
         return array_view_device(value, c->backend, who,
                                  device_type(c->backend, slot_type(c, slot)), shape_axes(f->text),
                                  writes, &c->views[slot]);
     }
     if (!PyArray_CheckExact(value)) /* a subclass may mean something else, such as a mask */
-        return wrong_type(c, slot, "a numpy.ndarray");
+        return call_wrong_type(c, slot, "a numpy.ndarray");
     PyArrayObject *array = (PyArrayObject *)value;
     const int type = slot >= c->op->count ? NPY_FLOAT32 : type_num(f->type);
     if (!PyArray_EquivTypenums(PyArray_TYPE(array), type))
@@ -605,8 +369,8 @@ static int fix_dims(call *c, char *args)
             continue;
         if (!c->dims.known[*letter - 'A']) {
             PyErr_Format(PyExc_TypeError,
-                         "%s_%s: no array determines %s: give it as a keyword, %s=...", FUNCTION(c),
-                         letter, letter);
+                         "%s_%s: no array determines %s: give it as a keyword, %s=...",
+                         CALL_FUNCTION(c), letter, letter);
             return -1;
         }
         *(int64_t *)(args + f->at) = c->dims.value[*letter - 'A'];
@@ -695,12 +459,12 @@ static int check_overlap(const call *c)
             const char *begin = c->views[r].data, *end = begin + array_bytes(&c->views[r]);
             if (from == to || begin == end || end <= from || to <= begin)
                 continue;
-            slot_name(c, w, written), slot_name(c, r, read);
+            call_slot_name(c, w, written), call_slot_name(c, r, read);
             if (begin == from && end == to &&
                 (may_alias(c, written, read) || may_alias(c, read, written)))
                 continue;
-            PyErr_Format(PyExc_ValueError, "%s_%s: %s shares memory with %s", FUNCTION(c), written,
-                         read);
+            PyErr_Format(PyExc_ValueError, "%s_%s: %s shares memory with %s", CALL_FUNCTION(c),
+                         written, read);
             return -1;
         }
     }
@@ -717,13 +481,15 @@ static PyObject *result(const call *c)
         bool reads, writes;
         slot_access(c, i, &reads, &writes);
         if (writes && c->values[i] &&
-            PyDict_SetItemString(dict, slot_name(c, i, name), c->values[i]) < 0)
+            PyDict_SetItemString(dict, call_slot_name(c, i, name), c->values[i]) < 0)
             Py_CLEAR(dict);
     }
     return dict;
 }
 
 /* The backend of the keywords device and compute. */
+static const char *const HERE[2] = {"cpu", "fp32"};
+
 static const pm_backend *backend_of(const call *c, PyObject *module)
 {
     const char *words[2];
@@ -733,14 +499,15 @@ static const pm_backend *backend_of(const call *c, PyObject *module)
         if (c->where[i] && PyUnicode_Check(c->where[i]))
             words[i] = PyUnicode_AsUTF8(c->where[i]);
         else if (c->where[i])
-            PyErr_Format(PyExc_TypeError, "%s_%s: %s must be a str; got %.80s %.80R", FUNCTION(c),
-                         WHERE[i], Py_TYPE(c->where[i])->tp_name, c->where[i]);
+            PyErr_Format(PyExc_TypeError, "%s_%s: %s must be a str; got %.80s %.80R",
+                         CALL_FUNCTION(c), CALL_WHERE[i], Py_TYPE(c->where[i])->tp_name,
+                         c->where[i]);
         if (!words[i])
             return NULL;
     }
     if (!c->where[0] && !c->where[1])
         return core_get_state(module)->ops_backend;
-    snprintf(who, sizeof who, "%s_%s", FUNCTION(c));
+    snprintf(who, sizeof who, "%s_%s", CALL_FUNCTION(c));
     return core_find_backend(module, who, words[0], words[1]);
 }
 
@@ -814,7 +581,7 @@ static PyObject *run(call *c, void *args, void *grads)
     if (facts && facts->check) {
         const pm_status status = facts->check(&ctx, args, c->backward);
         if (status != PM_OK) {
-            PyErr_Format(PyExc_ValueError, "%s_%s: %s", FUNCTION(c), ctx.message);
+            PyErr_Format(PyExc_ValueError, "%s_%s: %s", CALL_FUNCTION(c), ctx.message);
             return NULL;
         }
     }
@@ -842,9 +609,9 @@ PyObject *bind_call(PyObject *module, const bind_op *op, bool backward, PyObject
     call c = {.op = op, .backward = backward};
     _Alignas(16) char args[BIND_ARGS_BYTES] = {0}, grads[BIND_GRADS_BYTES] = {0};
     PyObject *dict = NULL;
-    if (read_arguments(&c, arguments, count, keywords) < 0 || read_scalars(&c, args) < 0 ||
-        !(c.backend = backend_of(&c, module)) || check_arrays(&c, args) < 0 ||
-        mirror_indices(&c) < 0)
+    if (call_read_arguments(&c, arguments, count, keywords) < 0 ||
+        call_read_scalars(&c, args) < 0 || !(c.backend = backend_of(&c, module)) ||
+        check_arrays(&c, args) < 0 || mirror_indices(&c) < 0)
         goto done;
     point(&c, NULL, args, grads);
     if (fix_dims(&c, args) < 0 || check_overlap(&c) < 0 || make_arrays(&c, module, args) < 0)

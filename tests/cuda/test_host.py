@@ -109,6 +109,8 @@ PLAIN = {
         1: "capturing stream has unjoined work",
         2: "cudaStreamSynchronize while a stream is being captured",
         3: "cudaMemcpy while a stream is being captured",
+        4: "cudaMalloc while a stream is being captured",
+        5: "the stream is captured already",
     },
     "blas_wrong": {
         1: "layout of A: leading dimension 23 is less than the 24 rows",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import promoe
+from promoe import cli
 from tests.cuda.common import DEVICE, on_the_stand_in, stand_in
 from tests.model.common import (
     CASES,
@@ -20,6 +21,7 @@ from tests.model.common import (
     relative,
     small_model,
 )
+from tests.test_cli import TINY as CLI_TINY
 from tests.train.common import assert_same_run, run, state
 
 BF16 = 2e-2  # of the largest value
@@ -220,6 +222,16 @@ def test_memory_estimate_is_what_is_taken():
     assert parts["activations"] < promoe.memory_estimate(SMALL, 5, device=DEVICE)["activations"]
 
 
+def test_command_line(tmp_path, capsys):
+    where = ["--device", DEVICE, "--compute", "bf16", "--quiet"]
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--steps", "2", *CLI_TINY, *where]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f": {DEVICE}, " in first and ", sm_" in first and " GB, driver for CUDA " in first
+    out = tmp_path / "x.npy"
+    assert cli.main(["sample", str(tmp_path / "run"), "--labels", "3", "4", "--steps", "2", "--out", str(out), *where]) == 0
+    assert np.isfinite(np.load(out)).all() and np.load(out).shape == (2, 1, 8, 8)
+
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -231,6 +243,9 @@ def test_samples_are_those_of_the_cpu(arguments):
     assert relative(there, here) < 1e-5
     again = small_model(device=DEVICE).sample(labels, steps=5, seed=2, **arguments)
     assert np.array_equal(again, there)
+    if "together" in arguments:
+        other = small_model(device=DEVICE).sample(labels, steps=5, seed=2, cfg=2.5, together=not arguments["together"])
+        assert relative(other, there) < 1e-6
 
 
 def test_sampling_in_bf16_with_a_callback_and_its_averages():

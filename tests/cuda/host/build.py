@@ -66,19 +66,22 @@ def compile_one(source, variant):
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(str(source).encode()).hexdigest()[:8]
     stem = folder / f"{source.stem}-{name}"
-    out, deps, stamp = (stem.with_suffix(s) for s in (".o", ".d", ".json"))
+    out, deps, stamp = (stem.with_suffix(s) for s in (".o", f".{os.getpid()}.d", ".json"))
     command = [compiler(), *flags(source, variant)]
     if out.exists() and stamp.exists():
         old = json.loads(stamp.read_text())
         if all(Path(f).exists() for f in old["files"]) and old["digest"] == digest(command, old["files"]):
             return out
+    made = stem.with_suffix(f".{os.getpid()}.o")  # two processes may build the same library at once
     done = subprocess.run([*map(str, command), "-MMD", "-MF", str(deps), "-c", str(source),
-                           "-o", str(out)], capture_output=True, text=True)
+                           "-o", str(made)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile for the CPU:\n{done.stderr}")
     if done.stderr:
         sys.stderr.write(done.stderr)
+    made.replace(out)
     files = deps.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    deps.unlink()
     stamp.write_text(json.dumps({"digest": digest(command, files), "files": files}))
     return out
 

@@ -164,6 +164,7 @@ template <int K> static void mma(const char *name, void *const operand[32])
     const int m = o[0]->m, n = o[0]->n, columns = n * 8;
     if (n > MOST_N)
         fail("%s: %d tiles in a row; the most is %d", name, n, MOST_N);
+    count_operations(2.0 * 16 * 8 * K * m * n);
     for (int l = 0; l < 32; l++) {
         const int g = l >> 2, t = l & 3;
         for (int j = 0; j < n; j++) {
@@ -216,12 +217,10 @@ template <int K> static void mma(const char *name, void *const operand[32])
 
 static void mma_bf16(void *const o[32], uint32_t, const char *, int)
 {
-    count_operations(2.0 * 16 * 8 * 16);
     mma<16>("mma_m16n8k16", o);
 }
 static void mma_tf32(void *const o[32], uint32_t, const char *, int)
 {
-    count_operations(2.0 * 16 * 8 * 8);
     mma<8>("mma_m16n8k8_tf32", o);
 }
 const Collective MMA_BF16 = {"mma_m16n8k16", mma_bf16, true};

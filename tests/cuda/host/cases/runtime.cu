@@ -196,6 +196,12 @@ CASE(graphs)
         TRY(cudaStreamSynchronize(a));
     if (sabotage == 3)
         TRY(cudaMemcpy(y, x, 4, cudaMemcpyDeviceToDevice));
+    if (sabotage == 4) {
+        void *more;
+        TRY(cudaMalloc(&more, 4));
+    }
+    if (sabotage == 5)
+        TRY(cudaStreamBeginCapture(a, cudaStreamCaptureModeGlobal));
     if (sabotage != 1)
         TRY(cudaStreamWaitEvent(a, join));
     TRY(cudaMemcpyAsync(y, l, 4, cudaMemcpyDeviceToDevice, a));
