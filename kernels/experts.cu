@@ -1,0 +1,780 @@
+// experts.cu: the feed-forward layer over a routing plan. The contract is csrc/ops/experts.h; the tiles of
+// products, their pipeline and their shared memory are product.cuh.
+//
+// Launches (each a block per tile; N tokens, R rows, f a group's width, W the widest):
+//   forward   up       h = w gelu(x up^T + bias), pre;         rows x W,  K = D
+//             out      y = h down^T + w bias                   rows x D,  K = f
+//   backward  hidden   dpre, w h, sums for dup_bias and drow_weight:  rows x W,  K = D
+//             dy       sums over the rows of dy for ddown_bias and drow_weight: one pass over dy
+//             out      dx = dpre up                            rows x D,  K = f
+//             weights  dup += dpre^T x, ddown += dy^T (w h)    groups x W x D, K = the group's rows
+//             sums     the biases' partial sums, in the order of the rows
+// The weight w of a row is taken into h where h is made: then down, and ddown, need no pass of their own
+// for it, and dy is read where it lies. Rows are gathered through row_token by the copies into shared
+// memory; x and dy are never copied.
+//
+// Rows of a launch. A grid may only depend on dims, so there is a slot for every tile of rows that any
+// plan can have: group g has slots row_off[g] / BM + g and on, so many as R / BM + G in all (a group's
+// rows are at most its slots: a / BM - b / BM + 1 >= (a - b) / BM rounded up). A block finds its group
+// by a vote of a warp over row_off; one without rows returns at once. The shared groups follow, N / BM
+// slots each. Slots are the slow index and columns the fast one: the blocks that run at the same time have
+// few rows and one group's whole matrix, which is in L2 then.
+//
+// One product for all that a token gets (out). Where each token has one row, the row's tile sums over
+// K = f + Z: [w h, h_shared] [down_g, down_shared]^T, and writes y, or dx, once. Whether it is so only the
+// device knows; what the dims say is whether it can be (R = N). Then `single` looks (one block, 4 N
+// bytes), and of the two ways that are launched one returns at once. The other way, and the only one where R != N:
+// the plan's rows go to scratch as floats, and the tiles of tokens add them up in the order of tok_row.
+//
+// Bytes for R = N rows of bf16, one shared group as wide as the others, beyond the weights:
+//   forward  up 2 D + 4 W (pre, h) and the same for the shared group; out 4 W + 2 D;
+//            in all, 6 D + 12 W per token: 2 reads of x, one write of y; pre and h written, h read.
+//   backward hidden 2 (2 D + 6 W); dy 4 D; out 4 W + 2 D; weights 2 (2 D + 2 W) each.
+// Tiles read x, dy and h once per column of tiles, from L2.
+//
+// Order of sums: along K upwards (product.cuh), the shared groups after the row's own; the bias sums of BM
+// rows in order, then the slots of a group, 8 interleaved runs and then those in order; drow_weight:
+// chunks of 8, a tile's chunks, the tiles, the bias. The plan is what routing_plan or promoe.ops has
+// checked: indices are taken as they are.
+#include "product.cuh"
+
+namespace {
+
+// ---------------------------------------------------------------- sizes
+
+// bf16: 128 x 192, as every width of S, B and XL is a multiple of 192 (and 192 of L's waste 3 %). Per
+// number that travels from L2 a tile does 128 * 192 / (128 + 192) = 77 multiply-adds, which at 300e12 a
+// second is 7.8 TB/s: a smaller tile would wait for L2. 8 warps of 64 x 48: 96 sums and 28 words of
+// fragments per thread, and per 24 mma of a warp 7 ldmatrix.x4 (3.5 KB), half of what shared memory gives an A100 in that time.
+// 64 numbers deep, so that a barrier comes every 96 mma of a warp; 3 stages are 135 KiB of the 163
+// that a block may have on sm_80: one block per SM.
+// Floats: 128 x 128, 8 warps; tf32 64 x 32 each, FMA 32 x 64, that is 8 x 8 per thread: 16 loads of 16
+// bytes for 256 FMA.
+// The small shapes are for few rows per group (sampling one image: 20 rows) and narrow layers: four
+// blocks or more per SM, and 2 to 6 times the tiles.
+using bf16_large = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4>;
+using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2>;
+using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4>;
+using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2>;
+using fp32_large = pm_shape<float, false, 128, 128, 16, 3, 4, 2>;
+using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2>;
+
+// Rows per group and widths from which the large shapes pay: a tile that is three quarters full.
+constexpr int64_t LARGE_ROWS = 96, LARGE_WIDTH = 96;
+
+bool is_large(const pm_experts_args *g)
+{
+    const int64_t width = g->W > g->Z ? g->W : g->Z;
+    return (g->G ? g->R >= LARGE_ROWS * g->G : g->N >= LARGE_ROWS) && width >= LARGE_WIDTH &&
+           g->D >= LARGE_WIDTH;
+}
+
+// ---------------------------------------------------------------- what kernels see
+
+// Numbers between the rows of hidden activations in scratch: 16-byte aligned whatever the width.
+__host__ __device__ inline int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
+
+// The groups' matrices of F_g D numbers, one after another; derived twins begin at multiples of 64 bytes.
+template <class T> struct matrices {
+    const T *at;
+    bool rounded;
+};
+
+template <class T> struct layer {
+    int64_t N, D, R, W, Z;
+    int G, S;
+    const int32_t *row_off, *row_token, *tok_off, *tok_row, *foff;
+    const float *row_weight;
+    const T *x;
+    matrices<T> up, down;
+    const float *up_bias, *down_bias;
+};
+
+template <class T> PM_DEVICE int width_of(const layer<T> &l, int group)
+{
+    return l.foff[group + 1] - l.foff[group];
+}
+
+template <class T> PM_DEVICE const T *matrix_of(const layer<T> &l, const matrices<T> &m, int group)
+{
+    if (!m.rounded)
+        return m.at + l.foff[group] * l.D;
+    constexpr int64_t UNIT = 64 / sizeof(T);
+    int64_t at = 0;
+    for (int g = 0; g < group; g++)
+        at += (width_of(l, g) * l.D + UNIT - 1) / UNIT * UNIT;
+    return m.at + at;
+}
+
+// Slots, as the head of this file has them.
+template <class T> __host__ __device__ int64_t plan_slots(const layer<T> &l, int tile)
+{
+    return l.G ? l.R / tile + l.G : 0;
+}
+template <class T> __host__ __device__ int64_t token_slots(const layer<T> &l, int tile)
+{
+    return (l.N + tile - 1) / tile;
+}
+template <class T> int64_t all_slots(const layer<T> &l, int tile)
+{
+    return plan_slots(l, tile) + l.S * token_slots(l, tile);
+}
+
+// The rows of a slot: first .. first + rows - 1 of the plan, or of the tokens (shared).
+struct place {
+    int group;
+    bool shared;
+    int64_t first;
+    int rows;
+};
+
+// Every lane of the warp has to be here. rows is 0, or less, in a slot that the plan does not use.
+template <class T> PM_DEVICE place find(const layer<T> &l, int tile, int64_t slot)
+{
+    const int64_t plan = plan_slots(l, tile);
+    place p;
+    p.shared = slot >= plan;
+    if (p.shared) {
+        const int64_t slots = token_slots(l, tile), s = (slot - plan) / slots;
+        p.group = l.G + (int)s;
+        p.first = (slot - plan - s * slots) * tile;
+        p.rows = (int)(l.N - p.first < tile ? l.N - p.first : tile);
+        return p;
+    }
+    int begun = 0; // groups whose slots begin here or before
+    for (int g0 = 0; g0 < l.G; g0 += 32) {
+        const int g = g0 + (int)threadIdx.x % 32;
+        begun += __popc(__ballot_sync(PM_ALL, g < l.G && l.row_off[g] / tile + g <= slot));
+    }
+    p.group = begun - 1;
+    const int64_t begin = l.row_off[p.group], end = l.row_off[p.group + 1];
+    p.first = begin + (slot - (begin / tile + p.group)) * tile;
+    p.rows = (int)(end - p.first < tile ? end - p.first : tile);
+    return p;
+}
+
+// Arrays that have a row for each row of the plan, and others for each shared group and token.
+template <class T> struct hidden_rows {
+    T *plan, *shared;
+    int64_t plan_ld, shared_ld;
+};
+template <class T> PM_DEVICE int64_t ld_of(const hidden_rows<T> &a, const place &p)
+{
+    return p.shared ? a.shared_ld : a.plan_ld;
+}
+// The first row of a place, or NULL.
+template <class T, class L>
+PM_DEVICE T *rows_of(const hidden_rows<T> &a, const L &l, const place &p)
+{
+    T *const at = p.shared ? a.shared : a.plan;
+    const int64_t before = p.shared ? (p.group - l.G) * l.N + p.first : p.first;
+    return at ? at + before * ld_of(a, p) : nullptr;
+}
+// The rows of tokens, x or dy, that belong to a place.
+template <class T>
+PM_DEVICE pm_lines<T> token_lines(const layer<T> &l, const place &p, const T *tokens)
+{
+    return p.shared ? pm_lines<T>{tokens + p.first * l.D, l.D, nullptr}
+                    : pm_lines<T>{tokens, l.D, l.row_token + p.first};
+}
+
+// One product, not a sum of several.
+template <class T> struct one_segment {
+    pm_lines<T> a_lines, b_lines;
+    int depth_;
+    __device__ __forceinline__ int count() const { return 1; }
+    __device__ __forceinline__ int depth(int) const { return depth_; }
+    __device__ __forceinline__ pm_lines<T> a(int) const { return a_lines; }
+    __device__ __forceinline__ pm_lines<T> b(int) const { return b_lines; }
+};
+
+// ---------------------------------------------------------------- the activation
+
+// h of pre.
+PM_DEVICE float activate(float pre) { return pm_gelu(pre); }
+// h and dh/dpre, sharing what both need.
+PM_DEVICE void activate_back(float pre, float *h, float *slope)
+{
+    const float u = 0.7978845608f * (pre + 0.044715f * pre * pre * pre), t = tanhf(u);
+    const float half = 0.5f * (1.0f + t);
+    *h = pre * half;
+    *slope = half +
+             0.5f * pre * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * pre * pre);
+}
+
+// ---------------------------------------------------------------- up
+
+// pre = x up^T + bias;  h = w gelu(pre). grid: slots * (columns of tiles).
+template <class S, class T = typename S::T>
+__global__ void __launch_bounds__(S::THREADS)
+    up_kernel(layer<T> l, int across, hidden_rows<T> pre, hidden_rows<T> h)
+{
+    extern __shared__ __align__(16) unsigned char pm_shared[];
+    const place p = find(l, S::BM, blockIdx.x / across);
+    const int column0 = (int)(blockIdx.x % across) * S::BN;
+    if (p.rows <= 0 || column0 >= width_of(l, p.group))
+        return;
+    const int columns = width_of(l, p.group) - column0;
+    const one_segment<T> product = {token_lines(l, p, l.x),
+                                    {matrix_of(l, l.up, p.group) + column0 * l.D, l.D, nullptr},
+                                    (int)l.D};
+    const float *const tile = pm_product<S, false, false>(pm_shared, product, p.rows, columns);
+
+    const float *const bias = l.up_bias + l.foff[p.group] + column0;
+    T *const pre0 = rows_of(pre, l, p), *const h0 = rows_of(h, l, p);
+    for (int i = threadIdx.x; i < p.rows * S::CHUNKS; i += S::THREADS) {
+        const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, column = chunk * 8;
+        if (column >= columns)
+            continue;
+        const float weight = p.shared ? 1.0f : l.row_weight[p.first + row];
+        float v[8], b[8];
+        pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
+        pm_read8(bias + column, columns - column, b);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] += b[e];
+        if (pre0)
+            pm_write8(pre0 + row * ld_of(pre, p) + column0 + column, columns - column, v);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] = weight * activate(v[e]);
+        pm_write8(h0 + row * ld_of(h, p) + column0 + column, columns - column, v);
+    }
+}
+
+// ---------------------------------------------------------------- out: y and dx
+
+// *single: every token has one row.
+constexpr int SINGLE_THREADS = 1024;
+__global__ void __launch_bounds__(SINGLE_THREADS)
+    single_kernel(int64_t N, const int32_t *__restrict__ tok_off, int *single)
+{
+    int good = 1;
+#pragma unroll 8
+    for (int64_t n = threadIdx.x; n <= N; n += SINGLE_THREADS)
+        good &= tok_off[n] == n;
+    good = __syncthreads_and(good);
+    if (threadIdx.x == 0)
+        *single = good;
+}
+
+enum out_way {
+    OUT_ROWS,   // a plan row each, to `part`
+    OUT_TOKENS, // a token each: the shared groups, and its rows of part
+    OUT_SINGLE, // a plan row each, and the shared groups of its token
+};
+
+// What an out product reads: hidden rows, and the matrices that take them to D (down: (D, f), or up of
+// dx: (f, D)).
+template <class T, bool BACKWARD> struct out_segments {
+    const layer<T> &l;
+    const hidden_rows<T> &hidden;
+    const place &p; // in OUT_TOKENS: of tokens, without a group
+    out_way way;
+    int column0;
+    __device__ __forceinline__ int count() const
+    {
+        return way == OUT_ROWS ? 1 : way == OUT_TOKENS ? l.S : 1 + l.S;
+    }
+    __device__ __forceinline__ int group(int i) const
+    {
+        return way == OUT_TOKENS ? l.G + i : i == 0 ? p.group : l.G + i - 1;
+    }
+    __device__ __forceinline__ int depth(int i) const { return width_of(l, group(i)); }
+    __device__ __forceinline__ pm_lines<T> a(int i) const
+    {
+        const int64_t ld = hidden.shared_ld;
+        if (way != OUT_TOKENS && i == 0)
+            return {hidden.plan + p.first * hidden.plan_ld, hidden.plan_ld, nullptr};
+        const T *const of = hidden.shared + (group(i) - l.G) * l.N * ld;
+        return way == OUT_TOKENS ? pm_lines<T>{of + p.first * ld, ld, nullptr}
+                                 : pm_lines<T>{of, ld, l.row_token + p.first};
+    }
+    __device__ __forceinline__ pm_lines<T> b(int i) const
+    {
+        if (BACKWARD)
+            return {matrix_of(l, l.up, group(i)) + column0, l.D, nullptr};
+        const int width = depth(i);
+        return {matrix_of(l, l.down, group(i)) + (int64_t)column0 * width, width, nullptr};
+    }
+};
+
+// v += the biases of down: the row's own times its weight, and those of the shared groups.
+template <class T>
+PM_DEVICE void add_biases(const layer<T> &l, const place &p, out_way way, int row, int column,
+                          float (&v)[8])
+{
+    float b[8];
+    if (way != OUT_TOKENS) {
+        const float weight = l.row_weight[p.first + row];
+        pm_read8(l.down_bias + p.group * l.D + column, l.D - column, b);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] = fmaf(weight, b[e], v[e]);
+    }
+    if (way != OUT_ROWS)
+        for (int s = l.G; s < l.G + l.S; s++) {
+            pm_read8(l.down_bias + s * l.D + column, l.D - column, b);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                v[e] += b[e];
+        }
+}
+
+// grid: slots of the plan, or of tokens, * (columns of tiles). single: NULL, or whether OUT_SINGLE is
+// the way to go. part: (R, D).
+template <class S, bool BACKWARD, class T = typename S::T>
+__global__ void __launch_bounds__(S::THREADS)
+    out_kernel(layer<T> l, int across, out_way way, const int *single, hidden_rows<T> hidden,
+               float *part, T *out)
+{
+    extern __shared__ __align__(16) unsigned char pm_shared[];
+    if (single && (*single != 0) != (way == OUT_SINGLE))
+        return;
+    const int64_t slot = blockIdx.x / across;
+    const int column0 = (int)(blockIdx.x % across) * S::BN;
+    place p;
+    if (way == OUT_TOKENS) {
+        p = {l.G, true, slot * S::BM, 0};
+        p.rows = (int)(l.N - p.first < S::BM ? l.N - p.first : S::BM);
+    } else {
+        p = find(l, S::BM, slot);
+    }
+    if (p.rows <= 0)
+        return;
+    const int columns = (int)l.D - column0;
+    const out_segments<T, BACKWARD> segments = {l, hidden, p, way, column0};
+    const float *const tile = pm_product<S, false, BACKWARD>(pm_shared, segments, p.rows, columns);
+
+    for (int i = threadIdx.x; i < p.rows * S::CHUNKS; i += S::THREADS) {
+        const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, column = column0 + chunk * 8;
+        const int64_t left = l.D - column;
+        if (left <= 0)
+            continue;
+        float v[8];
+        pm_tile_read(tile + row * S::TILE_LD + chunk * 8, chunk, v);
+        if (!BACKWARD)
+            add_biases(l, p, way, row, column, v);
+        const int64_t n = way == OUT_SINGLE ? l.row_token[p.first + row] : p.first + row;
+        if (way == OUT_ROWS) {
+            pm_write8(part + n * l.D + column, left, v);
+            continue;
+        }
+        if (way == OUT_TOKENS && l.G)
+            for (int k = l.tok_off[n]; k < l.tok_off[n + 1]; k++) {
+                float r[8];
+                pm_read8(part + l.tok_row[k] * l.D + column, left, r);
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    v[e] += r[e];
+            }
+        pm_write8(out + n * l.D + column, left, v);
+    }
+}
+
+// ---------------------------------------------------------------- hidden: dpre
+
+// dh = dy down;  dpre = w dh gelu'(pre);  wh = w h. Per tile: dots (columns of tiles, R): the part of <dh, h> of these
+// columns; sums (slots, width): the sums of dpre over the rows.
+template <class S, class T = typename S::T>
+__global__ void __launch_bounds__(S::THREADS)
+    hidden_kernel(layer<T> l, int across, const T *dy, hidden_rows<T> pre, hidden_rows<T> dpre,
+                  hidden_rows<T> wh, float *dots, float *sums, int64_t sums_ld)
+{
+    extern __shared__ __align__(16) unsigned char pm_shared[];
+    const int64_t slot = blockIdx.x / across;
+    const place p = find(l, S::BM, slot);
+    const int column0 = (int)(blockIdx.x % across) * S::BN;
+    if (p.rows <= 0 || column0 >= width_of(l, p.group))
+        return;
+    const int width = width_of(l, p.group), columns = width - column0;
+    const one_segment<T> product = {
+        token_lines(l, p, dy), {matrix_of(l, l.down, p.group) + column0, width, nullptr}, (int)l.D};
+    float *const tile = pm_product<S, false, true>(pm_shared, product, p.rows, columns);
+    float *const dot = tile + S::BM * S::TILE_LD; // (BM, CHUNKS)
+
+    const T *const pre0 = rows_of(pre, l, p);
+    T *const dpre0 = rows_of(dpre, l, p), *const wh0 = rows_of(wh, l, p);
+    for (int i = threadIdx.x; i < p.rows * S::CHUNKS; i += S::THREADS) {
+        const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, column = chunk * 8;
+        const int left = columns - column;
+        float sum = 0;
+        if (left > 0) {
+            const float weight = p.shared ? 1.0f : l.row_weight[p.first + row];
+            float v[8], x[8], h[8];
+            pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
+            pm_read8(pre0 + row * ld_of(pre, p) + column0 + column, left, x);
+#pragma unroll
+            for (int e = 0; e < 8; e++) { // beyond the width v and x are 0, and so is all of this
+                float slope;
+                activate_back(x[e], &h[e], &slope);
+                sum = fmaf(v[e], h[e], sum);
+                v[e] *= slope;
+                v[e] *= weight;
+                h[e] *= weight;
+            }
+            pm_write8(dpre0 + row * ld_of(dpre, p) + column0 + column, left, v);
+            pm_write8(wh0 + row * ld_of(wh, p) + column0 + column, left, h);
+            pm_write8(tile + row * S::TILE_LD + column, 8, v);
+        }
+        dot[i] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < S::BN && i < columns; i += S::THREADS) {
+        float sum = 0;
+        for (int row = 0; row < p.rows; row++)
+            sum += tile[row * S::TILE_LD + i];
+        sums[slot * sums_ld + column0 + i] = sum;
+    }
+    if (p.shared)
+        return;
+    for (int row = threadIdx.x; row < p.rows; row += S::THREADS) {
+        float sum = 0;
+        for (int i = 0; i < S::CHUNKS; i++)
+            sum += dot[row * S::CHUNKS + i];
+        dots[blockIdx.x % across * l.R + p.first + row] = sum;
+    }
+}
+
+// ---------------------------------------------------------------- dy: what its rows give by themselves
+
+// Per slot: sums (slots, D) = the sum of w dy over the rows; drow_weight = <dy, down_bias> + the dots. A warp
+// per row, 256 columns at a time, 8 to a lane.
+constexpr int DY_WARPS = 8, DY_COLUMNS = 256, DY_ROWS = 128;
+
+template <class T>
+__global__ void __launch_bounds__(32 * DY_WARPS)
+    dy_kernel(layer<T> l, int tile, int tile_columns, const T *__restrict__ dy,
+              const float *__restrict__ dots, float *__restrict__ drow_weight,
+              float *__restrict__ sums)
+{
+    __shared__ float part[DY_WARPS][DY_COLUMNS];
+    __shared__ float dot[DY_ROWS];
+    const place p = find(l, tile, blockIdx.x);
+    if (p.rows <= 0)
+        return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const pm_lines<T> lines = token_lines(l, p, dy);
+    for (int column0 = 0; column0 < l.D; column0 += DY_COLUMNS) {
+        const int64_t left = l.D - column0 - lane * 8;
+        float sum[8] = {}, bias[8];
+        pm_read8(l.down_bias + p.group * l.D + column0 + lane * 8, left, bias);
+        for (int row = warp; row < p.rows; row += DY_WARPS) {
+            const int64_t line = lines.index ? lines.index[row] : row;
+            const float weight = p.shared ? 1.0f : l.row_weight[p.first + row];
+            float v[8], d = 0;
+            pm_read8(lines.at + line * lines.ld + column0 + lane * 8, left, v);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                d = fmaf(v[e], bias[e], d);
+                sum[e] = fmaf(weight, v[e], sum[e]);
+            }
+            d = pm_warp_sum(d);
+            if (lane == 0) // the same lane every time
+                dot[row] = column0 ? dot[row] + d : d;
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            part[warp][lane * 8 + e] = sum[e];
+        __syncthreads();
+        if (column0 + (int)threadIdx.x < l.D) {
+            float total = 0;
+            for (int i = 0; i < DY_WARPS; i++)
+                total += part[i][threadIdx.x];
+            sums[(int64_t)blockIdx.x * l.D + column0 + threadIdx.x] = total;
+        }
+        __syncthreads();
+    }
+    if (p.shared || !drow_weight)
+        return;
+    const int tiles = (width_of(l, p.group) + tile_columns - 1) / tile_columns;
+    for (int row = threadIdx.x; row < p.rows; row += 32 * DY_WARPS) {
+        float sum = 0;
+        for (int i = 0; i < tiles; i++)
+            sum += dots[i * l.R + p.first + row];
+        drow_weight[p.first + row] = sum + dot[row];
+    }
+}
+
+// ---------------------------------------------------------------- sums of the biases
+
+// bias[group, column] += the sum over the group's slots of sums (slots, ld): 32 columns of a group per
+// block, 8 runs of slots. by_width: a group has F_g columns, from foff; else D.
+template <class T>
+__global__ void __launch_bounds__(256)
+    sums_kernel(layer<T> l, int across, int tile, bool by_width, const float *__restrict__ sums,
+                int64_t ld, float *__restrict__ bias)
+{
+    __shared__ float part[8][32];
+    const int group = (int)(blockIdx.x / across), run = threadIdx.x / 32;
+    const int64_t column = blockIdx.x % across * 32 + threadIdx.x % 32;
+    const int64_t width = by_width ? width_of(l, group) : l.D;
+    int64_t slot, slots;
+    if (group < l.G) {
+        slot = l.row_off[group] / tile + group;
+        slots = (l.row_off[group + 1] - l.row_off[group] + tile - 1) / tile;
+    } else {
+        slots = token_slots(l, tile);
+        slot = plan_slots(l, tile) + (group - l.G) * slots;
+    }
+    float sum = 0;
+    if (column < width)
+        for (int64_t i = run; i < slots; i += 8)
+            sum += sums[(slot + i) * ld + column];
+    part[run][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (run > 0 || column >= width)
+        return;
+    for (int i = 1; i < 8; i++)
+        sum += part[i][threadIdx.x];
+    bias[(by_width ? l.foff[group] : group * l.D) + column] += sum;
+}
+
+// ---------------------------------------------------------------- gradients of the weights
+
+// UP: dup (f, D) += dpre^T x;  else ddown (D, f) += dy^T (w h). hidden: dpre, or w h; tokens: x, or dy.
+// grid: groups * rows of tiles * columns of tiles, the shared groups, which have the most rows, first.
+template <class S, class T = typename S::T>
+__global__ void __launch_bounds__(S::THREADS)
+    weights_kernel(layer<T> l, int down, int across, bool up, const T *tokens,
+                   hidden_rows<T> hidden, float *gradient)
+{
+    extern __shared__ __align__(16) unsigned char pm_shared[];
+    place p;
+    p.group = l.G + l.S - 1 - (int)(blockIdx.x / (down * across));
+    p.shared = p.group >= l.G;
+    p.first = p.shared ? 0 : l.row_off[p.group];
+    p.rows = p.shared ? (int)l.N : l.row_off[p.group + 1] - (int)p.first;
+    const int64_t width = width_of(l, p.group), row0 = blockIdx.x / across % down * S::BM,
+                  column0 = blockIdx.x % across * S::BN;
+    const int64_t rows = (up ? width : l.D) - row0, ld = up ? l.D : width, columns = ld - column0;
+    if (p.rows <= 0 || rows <= 0 || columns <= 0)
+        return;
+    const pm_lines<T> of_hidden = {rows_of(hidden, l, p), ld_of(hidden, p), nullptr},
+                      of_tokens = token_lines(l, p, tokens);
+    one_segment<T> product = {up ? of_hidden : of_tokens, up ? of_tokens : of_hidden, p.rows};
+    product.a_lines.at += row0;
+    product.b_lines.at += column0;
+    const float *const tile =
+        pm_product<S, true, true>(pm_shared, product, (int)rows, (int)columns);
+
+    float *const out = gradient + l.foff[p.group] * l.D + row0 * ld + column0;
+    for (int i = threadIdx.x; i < S::BM * S::CHUNKS; i += S::THREADS) {
+        const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, column = chunk * 8;
+        if (row >= rows || column >= columns)
+            continue;
+        float v[8], old[8];
+        pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
+        pm_read8(out + row * ld + column, columns - column, old);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            v[e] += old[e];
+        pm_write8(out + row * ld + column, columns - column, v);
+    }
+}
+
+// ---------------------------------------------------------------- launches
+
+template <class T> size_t hidden_room(const pm_experts_args *g)
+{
+    return pm_room((g->G ? g->R : 0) * padded(g->W), sizeof(T)) +
+           pm_room(g->S * g->N * padded(g->Z), sizeof(T));
+}
+template <class T> hidden_rows<T> take_hidden(const pm_experts_args *g, void **scratch)
+{
+    hidden_rows<T> h = {nullptr, nullptr, padded(g->W), padded(g->Z)};
+    h.plan = pm_take<T>(scratch, (g->G ? g->R : 0) * h.plan_ld);
+    h.shared = pm_take<T>(scratch, g->S * g->N * h.shared_ld);
+    return h;
+}
+template <class T> hidden_rows<T> saved_pre(const pm_experts_args *g)
+{
+    return {static_cast<T *>(g->pre), static_cast<T *>(g->pre_shared), g->W, g->Z};
+}
+
+// The out product's own: part, and single.
+size_t out_room(const pm_experts_args *g)
+{
+    return g->G ? pm_room(g->R * g->D, sizeof(float)) + pm_room(1, sizeof(int)) : 0;
+}
+
+template <class T> size_t matrix_room(const pm_experts_args *g, const pm_weight &weight)
+{
+    return pm_weight_room<T>(weight, g->F * g->D);
+}
+template <class T>
+pm_status take_matrix(pm_ctx *ctx, const pm_experts_args *g, const pm_weight &weight,
+                      void **scratch, matrices<T> *out)
+{
+    // D times a width is a multiple of 64 bytes when D is
+    out->rounded = std::is_same<T, bf16>::value && weight.derived && g->D * sizeof(T) % 64 != 0;
+    return pm_weight_as<T>(ctx, weight, g->F * g->D, scratch, &out->at);
+}
+
+template <class T>
+pm_status make_layer(pm_ctx *ctx, const pm_experts_args *g, void **scratch, layer<T> *l)
+{
+    *l = {};
+    l->N = g->N, l->D = g->D, l->R = g->G ? g->R : 0, l->W = g->W, l->Z = g->Z;
+    l->G = (int)g->G, l->S = (int)g->S;
+    l->row_off = g->row_off, l->row_token = g->row_token;
+    l->tok_off = g->tok_off, l->tok_row = g->tok_row, l->foff = g->foff;
+    l->row_weight = g->row_weight;
+    l->x = static_cast<const T *>(g->x);
+    l->up_bias = g->up_bias, l->down_bias = g->down_bias;
+    PM_TRY(take_matrix(ctx, g, g->up, scratch, &l->up));
+    return take_matrix(ctx, g, g->down, scratch, &l->down);
+}
+
+// The launches for a shape.
+template <class S> struct path {
+    using T = typename S::T;
+    static int columns_of(int64_t width) { return (int)((width + S::BN - 1) / S::BN); }
+    static int widest(const layer<T> &l) { return columns_of(l.W > l.Z ? l.W : l.Z); }
+
+    static pm_status up(pm_ctx *ctx, const layer<T> &l, const hidden_rows<T> &pre,
+                        const hidden_rows<T> &h)
+    {
+        const int across = widest(l);
+        PM_RUN(ctx, (up_kernel<S>), (unsigned)(all_slots(l, S::BM) * across), S::THREADS,
+               (pm_product_shared<S, false, false>()), l, across, pre, h);
+        return PM_OK;
+    }
+
+    template <bool BACKWARD>
+    static pm_status out(pm_ctx *ctx, const layer<T> &l, const hidden_rows<T> &hidden, T *out,
+                         void **scratch)
+    {
+        constexpr size_t bytes = pm_product_shared<S, false, BACKWARD>();
+        const int across = columns_of(l.D);
+        const unsigned plan = (unsigned)(plan_slots(l, S::BM) * across),
+                       tokens = (unsigned)(token_slots(l, S::BM) * across);
+        float *const part = l.G ? pm_take<float>(scratch, l.R * l.D) : nullptr;
+        int *single = nullptr;
+        if (l.G && l.R == l.N && l.N > 0) {
+            single = pm_take<int>(scratch, 1);
+            PM_RUN(ctx, single_kernel, 1, SINGLE_THREADS, 0, l.N, l.tok_off, single);
+            PM_RUN(ctx, (out_kernel<S, BACKWARD>), plan, S::THREADS, bytes, l, across, OUT_SINGLE,
+                   single, hidden, part, out);
+        }
+        PM_RUN(ctx, (out_kernel<S, BACKWARD>), plan, S::THREADS, bytes, l, across, OUT_ROWS, single,
+               hidden, part, out);
+        PM_RUN(ctx, (out_kernel<S, BACKWARD>), tokens, S::THREADS, bytes, l, across, OUT_TOKENS,
+               single, hidden, part, out);
+        return PM_OK;
+    }
+
+    static pm_status forward(pm_ctx *ctx, const pm_experts_args *g, void *scratch)
+    {
+        layer<T> l;
+        PM_TRY(make_layer(ctx, g, &scratch, &l));
+        const hidden_rows<T> h = take_hidden<T>(g, &scratch);
+        PM_TRY(up(ctx, l, saved_pre<T>(g), h));
+        return out<false>(ctx, l, h, static_cast<T *>(g->y), &scratch);
+    }
+
+    // Partial sums of backward.
+    static size_t sums_room(const pm_experts_args *g)
+    {
+        layer<T> l = {};
+        l.N = g->N, l.R = g->R, l.G = (int)g->G, l.S = (int)g->S;
+        const int64_t slots = all_slots(l, S::BM), width = g->W > g->Z ? g->W : g->Z;
+        return pm_room(slots * width, sizeof(float)) + pm_room(slots * g->D, sizeof(float)) +
+               pm_room(columns_of(width) * (g->G ? g->R : 0), sizeof(float));
+    }
+
+    static pm_status weights(pm_ctx *ctx, const layer<T> &l, bool up, const T *tokens,
+                             const hidden_rows<T> &hidden, float *gradient)
+    {
+        const int64_t width = l.W > l.Z ? l.W : l.Z;
+        const int down = (int)(((up ? width : l.D) + S::BM - 1) / S::BM),
+                  across = columns_of(up ? l.D : width);
+        if (gradient)
+            PM_RUN(ctx, (weights_kernel<S>), (unsigned)((int64_t)(l.G + l.S) * down * across),
+                   S::THREADS, (pm_product_shared<S, true, true>()), l, down, across, up, tokens,
+                   hidden, gradient);
+        return PM_OK;
+    }
+
+    static pm_status bias(pm_ctx *ctx, const layer<T> &l, bool by_width, const float *sums,
+                          int64_t ld, float *gradient)
+    {
+        const int across = (int)((ld + 31) / 32);
+        if (gradient)
+            PM_RUN(ctx, (sums_kernel<T>), (unsigned)((l.G + l.S) * across), 256, 0, l, across,
+                   S::BM, by_width, sums, ld, gradient);
+        return PM_OK;
+    }
+
+    static pm_status backward(pm_ctx *ctx, const pm_experts_args *g, const pm_experts_grads *d,
+                              void *scratch)
+    {
+        static_assert(S::BM <= DY_ROWS, "dy_kernel has a number for each row of a slot");
+        layer<T> l;
+        PM_TRY(make_layer(ctx, g, &scratch, &l));
+        const hidden_rows<T> dpre = take_hidden<T>(g, &scratch), wh = take_hidden<T>(g, &scratch);
+        const int64_t slots = all_slots(l, S::BM), width = l.W > l.Z ? l.W : l.Z;
+        float *const dpre_sums = pm_take<float>(&scratch, slots * width);
+        float *const dy_sums = pm_take<float>(&scratch, slots * l.D);
+        const int across = widest(l);
+        float *const dots = pm_take<float>(&scratch, across * l.R);
+        const T *const dy = static_cast<const T *>(d->dy);
+
+        PM_RUN(ctx, (hidden_kernel<S>), (unsigned)(slots * across), S::THREADS,
+               (pm_product_shared<S, false, true>()), l, across, dy, saved_pre<T>(g), dpre, wh,
+               dots, dpre_sums, width);
+        if (d->drow_weight && l.R > 0) // rows beyond the plan
+            PM_TRY(pm_cuda(ctx, "cudaMemsetAsync",
+                           cudaMemsetAsync(d->drow_weight, 0, (size_t)l.R * sizeof(float),
+                                           pm_device().stream)));
+        if (d->drow_weight || d->ddown_bias)
+            PM_RUN(ctx, (dy_kernel<T>), (unsigned)slots, 32 * DY_WARPS, 0, l, S::BM, S::BN, dy,
+                   dots, d->drow_weight, dy_sums);
+        if (d->dx)
+            PM_TRY(out<true>(ctx, l, dpre, static_cast<T *>(d->dx), &scratch));
+        PM_TRY(weights(ctx, l, true, l.x, dpre, d->dup));
+        PM_TRY(weights(ctx, l, false, dy, wh, d->ddown));
+        PM_TRY(bias(ctx, l, true, dpre_sums, width, d->dup_bias));
+        return bias(ctx, l, false, dy_sums, l.D, d->ddown_bias);
+    }
+};
+
+// Calls what(shape) for the shape of this call.
+template <class T, class What>
+auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
+{
+    if constexpr (std::is_same<T, bf16>::value)
+        return is_large(g) ? what(path<bf16_large>()) : what(path<bf16_small>());
+    else if (ctx->backend->compute == PM_TF32)
+        return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
+    else
+        return is_large(g) ? what(path<fp32_large>()) : what(path<fp32_small>());
+}
+
+} // namespace
+
+// ---------------------------------------------------------------- the op
+
+template <class T>
+size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
+{
+    const size_t both = matrix_room<T>(g, g->up) + matrix_room<T>(g, g->down) + out_room(g);
+    if (!backward)
+        return both + hidden_room<T>(g);
+    return both + 2 * hidden_room<T>(g) +
+           with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::sums_room(g); });
+}
+
+template <class T> pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *scratch)
+{
+    return with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::forward(ctx, g, scratch); });
+}
+
+template <class T>
+pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const pm_experts_grads *d,
+                           void *scratch)
+{
+    return with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::backward(ctx, g, d, scratch); });
+}
+
+PM_INSTANTIATE_BOTH(experts)
