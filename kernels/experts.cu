@@ -209,7 +209,6 @@ template <class S, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS)
     up_kernel(layer<T> l, int across, hidden_rows<T> pre, hidden_rows<T> h)
 {
-    extern __shared__ __align__(16) unsigned char pm_shared[];
     const place p = find(l, S::BM, blockIdx.x / across);
     const int column0 = (int)(blockIdx.x % across) * S::BN;
     if (p.rows <= 0 || column0 >= width_of(l, p.group))
@@ -328,7 +327,6 @@ __global__ void __launch_bounds__(S::THREADS)
     out_kernel(layer<T> l, int across, out_way way, const int *single, hidden_rows<T> hidden,
                float *part, T *out)
 {
-    extern __shared__ __align__(16) unsigned char pm_shared[];
     if (single && (*single != 0) != (way == OUT_SINGLE))
         return;
     const int64_t slot = blockIdx.x / across;
@@ -381,7 +379,6 @@ __global__ void __launch_bounds__(S::THREADS)
     hidden_kernel(layer<T> l, int across, const T *dy, hidden_rows<T> pre, hidden_rows<T> dpre,
                   hidden_rows<T> wh, float *dots, float *sums, int64_t sums_ld)
 {
-    extern __shared__ __align__(16) unsigned char pm_shared[];
     const int64_t slot = blockIdx.x / across;
     const place p = find(l, S::BM, slot);
     const int column0 = (int)(blockIdx.x % across) * S::BN;
@@ -539,7 +536,6 @@ __global__ void __launch_bounds__(S::THREADS)
     weights_kernel(layer<T> l, int down, int across, bool up, const T *tokens,
                    hidden_rows<T> hidden, float *gradient)
 {
-    extern __shared__ __align__(16) unsigned char pm_shared[];
     place p;
     p.group = l.G + l.S - 1 - (int)(blockIdx.x / (down * across));
     p.shared = p.group >= l.G;

@@ -24,6 +24,9 @@
 #pragma once
 #include "common.cuh"
 
+// Declared here, for all: in a function of an unnamed namespace it would be another one.
+extern __shared__ __align__(16) unsigned char pm_shared[];
+
 // ---------------------------------------------------------------- shapes
 
 template <class T_, bool TENSOR_, int BM_, int BN_, int BK_, int STAGES_, int WARPS_M_,
