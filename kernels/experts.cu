@@ -52,12 +52,13 @@ namespace {
 // bytes for 256 FMA.
 // The small shapes are for few rows per group (sampling one image: 20 rows) and narrow layers: four
 // blocks or more per SM, and 2 to 6 times the tiles.
-using bf16_large = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4>;
-using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2>;
-using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4>;
-using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2>;
-using fp32_large = pm_shape<float, false, 128, 128, 16, 3, 4, 2>;
-using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2>;
+using bf16_short = pm_shape<bf16, true, 128, 128, 32, 4, 2, 2, 2>;
+using bf16_long = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4, 1>;
+using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2, 3>;
+using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>;
+using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2, 3>;
+using fp32_large = pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>;
+using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2, 2>;
 
 // Rows per group and widths from which the large shapes pay: a tile that is three quarters full.
 constexpr int64_t LARGE_ROWS = 96, LARGE_WIDTH = 96;
@@ -79,6 +80,9 @@ template <class T> struct matrices {
     const T *at;
     bool rounded;
 };
+
+// Tiles over a length.
+int tiles(int64_t length, int tile) { return (int)((length + tile - 1) / tile); }
 
 template <class T> struct layer {
     int64_t N, D, R, W, Z;
@@ -190,23 +194,35 @@ template <class T> struct one_segment {
 
 // ---------------------------------------------------------------- the activation
 
-// h of pre.
-PM_DEVICE float activate(float pre) { return pm_gelu(pre); }
-// h and dh/dpre, sharing what both need.
-PM_DEVICE void activate_back(float pre, float *h, float *slope)
+// gelu_tanh(x) = x sigmoid(v), v = sqrt(8/pi) (x + 0.044715 x^3): two operations of the special function unit,
+// and no cancellation where tanh is near -1. Of bf16 the approximations, right to 1e-6; a tile's 128 x 128
+// of them are then 2000 clocks of an SM, and tanhf would be 4000 and more.
+template <class T> PM_DEVICE float sigmoid_of(float v)
 {
-    const float u = 0.7978845608f * (pre + 0.044715f * pre * pre * pre), t = tanhf(u);
-    const float half = 0.5f * (1.0f + t);
-    *h = pre * half;
-    *slope = half +
-             0.5f * pre * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * pre * pre);
+    if (std::is_same<T, bf16>::value)
+        return __fdividef(1.0f, 1.0f + __expf(-v));
+    return 1.0f / (1.0f + expf(-v));
+}
+constexpr float GELU_1 = 1.5957691216f, GELU_3 = GELU_1 * 0.044715f;
+
+// h of pre.
+template <class T> PM_DEVICE float activate(float x)
+{
+    return x * sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
+}
+// h, and dh/dpre = s + x s (1 - s) dv/dx.
+template <class T> PM_DEVICE void activate_back(float x, float *h, float *slope)
+{
+    const float s = sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
+    *h = x * s;
+    *slope = fmaf(*h * (1.0f - s), fmaf(3.0f * GELU_3 * x, x, GELU_1), s);
 }
 
 // ---------------------------------------------------------------- up
 
 // pre = x up^T + bias;  h = w gelu(pre). grid: slots * (columns of tiles).
 template <class S, class T = typename S::T>
-__global__ void __launch_bounds__(S::THREADS)
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     up_kernel(layer<T> l, int across, hidden_rows<T> pre, hidden_rows<T> h)
 {
     const place p = find(l, S::BM, blockIdx.x / across);
@@ -236,7 +252,7 @@ __global__ void __launch_bounds__(S::THREADS)
             pm_write8(pre0 + row * ld_of(pre, p) + column0 + column, columns - column, v);
 #pragma unroll
         for (int e = 0; e < 8; e++)
-            v[e] = weight * activate(v[e]);
+            v[e] = weight * activate<T>(v[e]);
         pm_write8(h0 + row * ld_of(h, p) + column0 + column, columns - column, v);
     }
 }
@@ -323,7 +339,7 @@ PM_DEVICE void add_biases(const layer<T> &l, const place &p, out_way way, int ro
 // grid: slots of the plan, or of tokens, * (columns of tiles). single: NULL, or whether OUT_SINGLE is
 // the way to go. part: (R, D).
 template <class S, bool BACKWARD, class T = typename S::T>
-__global__ void __launch_bounds__(S::THREADS)
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     out_kernel(layer<T> l, int across, out_way way, const int *single, hidden_rows<T> hidden,
                float *part, T *out)
 {
@@ -375,7 +391,7 @@ __global__ void __launch_bounds__(S::THREADS)
 // dh = dy down;  dpre = w dh gelu'(pre);  wh = w h. Per tile: dots (columns of tiles, R): the part of <dh, h> of these
 // columns; sums (slots, width): the sums of dpre over the rows.
 template <class S, class T = typename S::T>
-__global__ void __launch_bounds__(S::THREADS)
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     hidden_kernel(layer<T> l, int across, const T *dy, hidden_rows<T> pre, hidden_rows<T> dpre,
                   hidden_rows<T> wh, float *dots, float *sums, int64_t sums_ld)
 {
@@ -404,7 +420,7 @@ __global__ void __launch_bounds__(S::THREADS)
 #pragma unroll
             for (int e = 0; e < 8; e++) { // beyond the width v and x are 0, and so is all of this
                 float slope;
-                activate_back(x[e], &h[e], &slope);
+                activate_back<T>(x[e], &h[e], &slope);
                 sum = fmaf(v[e], h[e], sum);
                 v[e] *= slope;
                 v[e] *= weight;
@@ -440,7 +456,7 @@ __global__ void __launch_bounds__(S::THREADS)
 constexpr int DY_WARPS = 8, DY_COLUMNS = 256, DY_ROWS = 128;
 
 template <class T>
-__global__ void __launch_bounds__(32 * DY_WARPS)
+__global__ void __launch_bounds__(32 * DY_WARPS, 4)
     dy_kernel(layer<T> l, int tile, int tile_columns, const T *__restrict__ dy,
               const float *__restrict__ dots, float *__restrict__ drow_weight,
               float *__restrict__ sums)
@@ -532,7 +548,7 @@ __global__ void __launch_bounds__(256)
 // UP: dup (f, D) += dpre^T x;  else ddown (D, f) += dy^T (w h). hidden: dpre, or w h; tokens: x, or dy.
 // grid: groups * rows of tiles * columns of tiles, the shared groups, which have the most rows, first.
 template <class S, class T = typename S::T>
-__global__ void __launch_bounds__(S::THREADS)
+__global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     weights_kernel(layer<T> l, int down, int across, bool up, const T *tokens,
                    hidden_rows<T> hidden, float *gradient)
 {
@@ -622,16 +638,16 @@ pm_status make_layer(pm_ctx *ctx, const pm_experts_args *g, void **scratch, laye
     return take_matrix(ctx, g, g->down, scratch, &l->down);
 }
 
-// The launches for a shape.
-template <class S> struct path {
+// The launches, with shapes for short and for long depths.
+template <class S, class L = S> struct path {
     using T = typename S::T;
-    static int columns_of(int64_t width) { return (int)((width + S::BN - 1) / S::BN); }
-    static int widest(const layer<T> &l) { return columns_of(l.W > l.Z ? l.W : l.Z); }
+    static_assert(S::BM == L::BM && S::BM <= DY_ROWS, "one tile of rows is what a slot means");
+    static int64_t widest(const layer<T> &l) { return l.W > l.Z ? l.W : l.Z; }
 
     static pm_status up(pm_ctx *ctx, const layer<T> &l, const hidden_rows<T> &pre,
                         const hidden_rows<T> &h)
     {
-        const int across = widest(l);
+        const int across = tiles(widest(l), S::BN);
         PM_RUN(ctx, (up_kernel<S>), (unsigned)(all_slots(l, S::BM) * across), S::THREADS,
                (pm_product_shared<S, false, false>()), l, across, pre, h);
         return PM_OK;
@@ -641,21 +657,21 @@ template <class S> struct path {
     static pm_status out(pm_ctx *ctx, const layer<T> &l, const hidden_rows<T> &hidden, T *out,
                          void **scratch)
     {
-        constexpr size_t bytes = pm_product_shared<S, false, BACKWARD>();
-        const int across = columns_of(l.D);
-        const unsigned plan = (unsigned)(plan_slots(l, S::BM) * across),
-                       tokens = (unsigned)(token_slots(l, S::BM) * across);
+        constexpr size_t bytes = pm_product_shared<L, false, BACKWARD>();
+        const int across = tiles(l.D, L::BN);
+        const unsigned plan = (unsigned)(plan_slots(l, L::BM) * across),
+                       tokens = (unsigned)(token_slots(l, L::BM) * across);
         float *const part = l.G ? pm_take<float>(scratch, l.R * l.D) : nullptr;
         int *single = nullptr;
         if (l.G && l.R == l.N && l.N > 0) {
             single = pm_take<int>(scratch, 1);
             PM_RUN(ctx, single_kernel, 1, SINGLE_THREADS, 0, l.N, l.tok_off, single);
-            PM_RUN(ctx, (out_kernel<S, BACKWARD>), plan, S::THREADS, bytes, l, across, OUT_SINGLE,
+            PM_RUN(ctx, (out_kernel<L, BACKWARD>), plan, L::THREADS, bytes, l, across, OUT_SINGLE,
                    single, hidden, part, out);
         }
-        PM_RUN(ctx, (out_kernel<S, BACKWARD>), plan, S::THREADS, bytes, l, across, OUT_ROWS, single,
+        PM_RUN(ctx, (out_kernel<L, BACKWARD>), plan, L::THREADS, bytes, l, across, OUT_ROWS, single,
                hidden, part, out);
-        PM_RUN(ctx, (out_kernel<S, BACKWARD>), tokens, S::THREADS, bytes, l, across, OUT_TOKENS,
+        PM_RUN(ctx, (out_kernel<L, BACKWARD>), tokens, L::THREADS, bytes, l, across, OUT_TOKENS,
                single, hidden, part, out);
         return PM_OK;
     }
@@ -673,21 +689,20 @@ template <class S> struct path {
     static size_t sums_room(const pm_experts_args *g)
     {
         layer<T> l = {};
-        l.N = g->N, l.R = g->R, l.G = (int)g->G, l.S = (int)g->S;
-        const int64_t slots = all_slots(l, S::BM), width = g->W > g->Z ? g->W : g->Z;
+        l.N = g->N, l.R = g->R, l.W = g->W, l.Z = g->Z, l.G = (int)g->G, l.S = (int)g->S;
+        const int64_t slots = all_slots(l, S::BM), width = widest(l);
         return pm_room(slots * width, sizeof(float)) + pm_room(slots * g->D, sizeof(float)) +
-               pm_room(columns_of(width) * (g->G ? g->R : 0), sizeof(float));
+               pm_room(tiles(width, S::BN) * (g->G ? g->R : 0), sizeof(float));
     }
 
     static pm_status weights(pm_ctx *ctx, const layer<T> &l, bool up, const T *tokens,
                              const hidden_rows<T> &hidden, float *gradient)
     {
-        const int64_t width = l.W > l.Z ? l.W : l.Z;
-        const int down = (int)(((up ? width : l.D) + S::BM - 1) / S::BM),
-                  across = columns_of(up ? l.D : width);
+        const int down = tiles(up ? widest(l) : l.D, L::BM),
+                  across = tiles(up ? l.D : widest(l), L::BN);
         if (gradient)
-            PM_RUN(ctx, (weights_kernel<S>), (unsigned)((int64_t)(l.G + l.S) * down * across),
-                   S::THREADS, (pm_product_shared<S, true, true>()), l, down, across, up, tokens,
+            PM_RUN(ctx, (weights_kernel<L>), (unsigned)((int64_t)(l.G + l.S) * down * across),
+                   L::THREADS, (pm_product_shared<L, true, true>()), l, down, across, up, tokens,
                    hidden, gradient);
         return PM_OK;
     }
@@ -695,7 +710,7 @@ template <class S> struct path {
     static pm_status bias(pm_ctx *ctx, const layer<T> &l, bool by_width, const float *sums,
                           int64_t ld, float *gradient)
     {
-        const int across = (int)((ld + 31) / 32);
+        const int across = tiles(ld, 32);
         if (gradient)
             PM_RUN(ctx, (sums_kernel<T>), (unsigned)((l.G + l.S) * across), 256, 0, l, across,
                    S::BM, by_width, sums, ld, gradient);
@@ -705,14 +720,13 @@ template <class S> struct path {
     static pm_status backward(pm_ctx *ctx, const pm_experts_args *g, const pm_experts_grads *d,
                               void *scratch)
     {
-        static_assert(S::BM <= DY_ROWS, "dy_kernel has a number for each row of a slot");
         layer<T> l;
         PM_TRY(make_layer(ctx, g, &scratch, &l));
         const hidden_rows<T> dpre = take_hidden<T>(g, &scratch), wh = take_hidden<T>(g, &scratch);
-        const int64_t slots = all_slots(l, S::BM), width = l.W > l.Z ? l.W : l.Z;
+        const int64_t slots = all_slots(l, S::BM), width = widest(l);
         float *const dpre_sums = pm_take<float>(&scratch, slots * width);
         float *const dy_sums = pm_take<float>(&scratch, slots * l.D);
-        const int across = widest(l);
+        const int across = tiles(width, S::BN);
         float *const dots = pm_take<float>(&scratch, across * l.R);
         const T *const dy = static_cast<const T *>(d->dy);
 
@@ -740,7 +754,7 @@ template <class T, class What>
 auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 {
     if constexpr (std::is_same<T, bf16>::value)
-        return is_large(g) ? what(path<bf16_large>()) : what(path<bf16_small>());
+        return is_large(g) ? what(path<bf16_short, bf16_long>()) : what(path<bf16_small>());
     else if (ctx->backend->compute == PM_TF32)
         return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
     else

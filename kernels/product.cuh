@@ -30,12 +30,13 @@ extern __shared__ __align__(16) unsigned char pm_shared[];
 // ---------------------------------------------------------------- shapes
 
 template <class T_, bool TENSOR_, int BM_, int BN_, int BK_, int STAGES_, int WARPS_M_,
-          int WARPS_N_>
+          int WARPS_N_, int BLOCKS_>
 struct pm_shape {
     using T = T_;
     static constexpr bool TENSOR = TENSOR_; // false: FMA
     static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
     static constexpr int WARPS_N = WARPS_N_, THREADS = 32 * WARPS_M_ * WARPS_N_;
+    static constexpr int BLOCKS = BLOCKS_; // of an SM at a time, for __launch_bounds__
     static constexpr int WM = BM / WARPS_M_, WN = BN / WARPS_N_; // of a warp
     static constexpr int VECTOR = 16 / sizeof(T);
     // Per thread: tiles of an mma (16 x 8), or single sums: the lanes are 4 x 8, and a has TM rows
@@ -48,15 +49,20 @@ struct pm_shape {
     static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % 16 == 0, "whole fragments");
 };
 
+constexpr int pm_gcd(int a, int b) { return b ? pm_gcd(b, a % b) : a; }
+
 // Lines of an operand in shared memory. EXTENT: BM or BN.
 template <class S, int EXTENT, bool MINOR> struct pm_stage {
     static constexpr int LINES = MINOR ? S::BK : EXTENT, LENGTH = MINOR ? EXTENT : S::BK;
     static constexpr int LD = LENGTH +
                               (std::is_same<typename S::T, float>::value ? (MINOR ? 8 : 4) : 8);
     static constexpr int NUMBERS = LINES * LD;
-    static constexpr int CHUNKS = LENGTH / S::VECTOR;
-    static constexpr int EACH = LINES * CHUNKS / S::THREADS; // copies of a thread
-    static_assert(LINES * CHUNKS % S::THREADS == 0, "every thread copies the same number of times");
+    // Copies, of 16 bytes: ACROSS threads have neighbouring ones of a line, and so take ROWS lines,
+    // ROUNDS times each. All that is a constant beyond the first place.
+    static constexpr int CHUNKS = LENGTH / S::VECTOR, ACROSS = pm_gcd(CHUNKS, S::THREADS);
+    static constexpr int ROUNDS = CHUNKS / ACROSS, APART = S::THREADS / ACROSS;
+    static constexpr int ROWS = LINES / APART;
+    static_assert(LINES % APART == 0, "every thread copies the same number of times");
 
     // Where number (i of the extent, k) is.
     static __device__ __forceinline__ int at(int i, int k)
@@ -96,73 +102,59 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
     pm_lines<T> lines;
     bool aligned;
     int extent, depth;
-    // MINOR: the token of the next step's line, read a step early, because the copy needs it at once
-    int32_t next[stage::EACH];
-    const T *start[stage::EACH]; // else: where the line begins; NULL: there is none
+    // What lines the thread has: of all steps, or (MINOR) of the next one, read a step early because
+    // the copy needs it at once. -1: none.
+    int32_t row[stage::ROWS];
 
     static __device__ __forceinline__ int line_of(int i)
     {
-        return ((int)threadIdx.x + i * S::THREADS) / stage::CHUNKS;
+        return (int)threadIdx.x / stage::ACROSS + i * stage::APART;
     }
-    static __device__ __forceinline__ int column_of(int i)
+    static __device__ __forceinline__ int column_of(int j)
     {
-        return ((int)threadIdx.x + i * S::THREADS) % stage::CHUNKS * S::VECTOR;
+        return ((int)threadIdx.x % stage::ACROSS + j * stage::ACROSS) * S::VECTOR;
     }
-    __device__ __forceinline__ void look_ahead(int k0)
+    __device__ __forceinline__ void look(int first, int end)
     {
-        if (MINOR && lines.index)
 #pragma unroll
-            for (int i = 0; i < stage::EACH; i++) {
-                const int k = k0 + line_of(i);
-                next[i] = k < depth ? lines.index[k] : 0;
-            }
+        for (int i = 0; i < stage::ROWS; i++) {
+            const int line = first + line_of(i);
+            row[i] = -1;
+            if (line < end)
+                row[i] = lines.index ? lines.index[line] : line;
+        }
     }
     __device__ __forceinline__ void begin(const pm_lines<T> &of, int extent_, int depth_)
     {
         lines = of;
         extent = extent_, depth = depth_;
         aligned = pm_aligned(of.at, of.ld);
-        look_ahead(0);
-        if (!MINOR)
-#pragma unroll
-            for (int i = 0; i < stage::EACH; i++) {
-                const int line = line_of(i);
-                start[i] = nullptr;
-                if (line < extent)
-                    start[i] = of.at + (of.index ? of.index[line] : line) * of.ld;
-            }
+        look(0, MINOR ? depth : extent);
     }
     // Step k0 .. k0 + BK - 1 of the depth.
     __device__ __forceinline__ void fetch(T *to, int k0)
     {
 #pragma unroll
-        for (int i = 0; i < stage::EACH; i++) {
-            const int line = line_of(i), column = column_of(i);
-            const T *from = lines.at;
-            int left = 0;
-            if (MINOR) {
-                const int k = k0 + line;
-                if (k < depth) {
-                    left = extent - column;
-                    from += (lines.index ? next[i] : k) * lines.ld + column;
-                }
-            } else if (start[i]) {
-                left = depth - k0 - column;
-                from = start[i] + k0 + column;
-            }
-            left = left < 0 ? 0 : left > S::VECTOR ? S::VECTOR : left;
-            T *const place = to + line * stage::LD + column;
-            if (aligned) {
-                cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
-            } else {
-                pm_pack<T> pack;
+        for (int j = 0; j < stage::ROUNDS; j++) {
+            const int column = column_of(j);
+            const int there = (MINOR ? extent : depth - k0) - column;
+            const int least = there < 0 ? 0 : there > S::VECTOR ? S::VECTOR : there;
 #pragma unroll
-                for (int e = 0; e < S::VECTOR; e++)
-                    pack.v[e] = e < left ? from[e] : pm_to<T>(0.0f);
-                *reinterpret_cast<pm_pack<T> *>(place) = pack;
+            for (int i = 0; i < stage::ROWS; i++) {
+                const int left = row[i] < 0 ? 0 : least;
+                const T *const from = lines.at + row[i] * lines.ld + (MINOR ? 0 : k0) + column;
+                T *const place = to + line_of(i) * stage::LD + column;
+                if (aligned) {
+                    cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
+                } else {
+#pragma unroll 1 // one at a time: registers are for the other way
+                    for (int e = 0; e < S::VECTOR; e++)
+                        place[e] = e < left ? from[e] : pm_to<T>(0.0f);
+                }
             }
         }
-        look_ahead(k0 + S::BK);
+        if (MINOR)
+            look(k0 + S::BK, depth);
     }
 };
 
@@ -198,23 +190,25 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<!S::TENSOR>> {
                     x[MINOR ? j : e][MINOR ? 4 * i + e : i] = pack.v[e];
             }
     }
-    __device__ __forceinline__ void step(const float *a, const float *b)
+    static constexpr int K = 4;
+    struct fragments {
+        float x[K][S::TM], y[K][S::TN];
+    };
+    __device__ __forceinline__ void load(fragments &f, const float *a, const float *b, int k) const
     {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const int row = warp / S::WARPS_N * S::WM, column = warp % S::WARPS_N * S::WN;
+        load<sa, A_MINOR, S::TM, 4>(f.x, a, warp / S::WARPS_N * S::WM, lane / 8, k);
+        load<sb, B_MINOR, S::TN, 8>(f.y, b, warp % S::WARPS_N * S::WN, lane % 8, k);
+    }
+    __device__ __forceinline__ void multiply(const fragments &f)
+    {
 #pragma unroll
-        for (int k = 0; k < S::BK; k += 4) {
-            float x[4][S::TM], y[4][S::TN];
-            load<sa, A_MINOR, S::TM, 4>(x, a, row, lane / 8, k);
-            load<sb, B_MINOR, S::TN, 8>(y, b, column, lane % 8, k);
+        for (int k = 0; k < K; k++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
+            for (int i = 0; i < S::TM; i++)
 #pragma unroll
-                for (int i = 0; i < S::TM; i++)
-#pragma unroll
-                    for (int j = 0; j < S::TN; j++)
-                        d[i][j] = fmaf(x[e][i], y[e][j], d[i][j]);
-        }
+                for (int j = 0; j < S::TN; j++)
+                    d[i][j] = fmaf(f.x[k][i], f.y[k][j], d[i][j]);
     }
     __device__ __forceinline__ void store(float *tile) const
     {
@@ -236,20 +230,28 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
     using sb = pm_stage<S, S::BN, B_MINOR>;
     float d[S::MI][S::NJ][4] = {};
 
+    static constexpr int K = std::is_same<T, bf16>::value ? 16 : 8;
+    struct fragments {
+        uint32_t x[S::MI][4], y[S::NJ][2];
+    };
+    __device__ __forceinline__ void load(fragments &f, const T *a, const T *b, int k) const
+    {
+        const int warp = threadIdx.x / 32;
+        load(f, a, b, warp / S::WARPS_N * S::WM, warp % S::WARPS_N * S::WN, k);
+    }
     // bf16: four 8 x 8 matrices by one ldmatrix. Matrix i is rows i % 2, depth i / 2 of a's 16 x 16;
     // depth i % 2, columns i / 2 of b's 16 x 16, which is two fragments.
-    __device__ __forceinline__ void fragments(uint32_t (&x)[S::MI][4], uint32_t (&y)[S::NJ][2],
-                                              const bf16 *a, const bf16 *b, int row, int column,
-                                              int k) const
+    static __device__ __forceinline__ void load(fragments &f, const bf16 *a, const bf16 *b, int row,
+                                                int column, int k)
     {
         const int lane = threadIdx.x % 32, in = lane % 8, odd = lane / 8 % 2 * 8,
                   high = lane / 16 * 8;
 #pragma unroll
         for (int i = 0; i < S::MI; i++) {
             if (A_MINOR)
-                ldmatrix_x4_trans(x[i], a + sa::at(row + i * 16 + odd, k + high + in));
+                ldmatrix_x4_trans(f.x[i], a + sa::at(row + i * 16 + odd, k + high + in));
             else
-                ldmatrix_x4(x[i], a + sa::at(row + i * 16 + odd + in, k + high));
+                ldmatrix_x4(f.x[i], a + sa::at(row + i * 16 + odd + in, k + high));
         }
 #pragma unroll
         for (int j = 0; j < S::NJ; j += 2) {
@@ -258,40 +260,31 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
                 ldmatrix_x4_trans(two, b + sb::at(column + j * 8 + high, k + odd + in));
             else
                 ldmatrix_x4(two, b + sb::at(column + j * 8 + high + in, k + odd));
-            y[j][0] = two[0], y[j][1] = two[1], y[j + 1][0] = two[2], y[j + 1][1] = two[3];
+            f.y[j][0] = two[0], f.y[j][1] = two[1], f.y[j + 1][0] = two[2], f.y[j + 1][1] = two[3];
         }
     }
     // tf32: rounded to nearest on the way.
-    __device__ __forceinline__ void fragments(uint32_t (&x)[S::MI][4], uint32_t (&y)[S::NJ][2],
-                                              const float *a, const float *b, int row, int column,
-                                              int k) const
+    static __device__ __forceinline__ void load(fragments &f, const float *a, const float *b,
+                                                int row, int column, int k)
     {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < S::MI; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                x[i][e] = pm_tf32(a[sa::at(row + i * 16 + g + e % 2 * 8, k + t + e / 2 * 4)]);
+                f.x[i][e] = pm_tf32(a[sa::at(row + i * 16 + g + e % 2 * 8, k + t + e / 2 * 4)]);
 #pragma unroll
         for (int j = 0; j < S::NJ; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                y[j][e] = pm_tf32(b[sb::at(column + j * 8 + g, k + t + e * 4)]);
+                f.y[j][e] = pm_tf32(b[sb::at(column + j * 8 + g, k + t + e * 4)]);
     }
-    __device__ __forceinline__ void step(const T *a, const T *b)
+    __device__ __forceinline__ void multiply(const fragments &f)
     {
-        constexpr int K = std::is_same<T, bf16>::value ? 16 : 8;
-        const int warp = threadIdx.x / 32;
-        const int row = warp / S::WARPS_N * S::WM, column = warp % S::WARPS_N * S::WN;
-#pragma unroll
-        for (int k = 0; k < S::BK; k += K) {
-            uint32_t x[S::MI][4], y[S::NJ][2];
-            fragments(x, y, a, b, row, column, k);
-            if constexpr (K == 16)
-                mma_m16n8k16(d, x, y);
-            else
-                mma_m16n8k8_tf32(d, x, y);
-        }
+        if constexpr (K == 16)
+            mma_m16n8k16(d, f.x, f.y);
+        else
+            mma_m16n8k8_tf32(d, f.x, f.y);
     }
     __device__ __forceinline__ void store(float *tile) const
     {
@@ -348,16 +341,37 @@ PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int
         cp_async_commit(); // of nothing at the end, so that the wait below counts the same
     };
 
-    pm_sums<S, A_MINOR, B_MINOR> sums;
+    using sums_of = pm_sums<S, A_MINOR, B_MINOR>;
+    constexpr int PARTS = S::BK / sums_of::K; // of a step
+    static_assert(PARTS % 2 == 0, "a step begins with the first fragments");
+    sums_of sums;
+    typename sums_of::fragments f[2]; // one is multiplied while the other comes from shared memory
+    int use = 0;                      // the stage that is multiplied
     for (int i = 0; i < S::STAGES - 1; i++)
         fetch(i < steps);
-    for (int i = 0, use = 0; i < steps; i++) {
-        cp_async_wait<S::STAGES - 2>();
-        __syncthreads(); // stage i is there for all, and all are done with the one that is filled now
-        fetch(i + S::STAGES - 1 < steps);
-        sums.step(a_stages + use * sa::NUMBERS, b_stages + use * sb::NUMBERS);
-        use = use + 1 == S::STAGES ? 0 : use + 1;
-    }
+    cp_async_wait<S::STAGES - 2>();
+    __syncthreads();
+    if (steps > 0)
+        sums.load(f[0], a_stages, b_stages, 0);
+#pragma unroll 1
+    for (int i = 0; i < steps; i++)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (part + 1 < PARTS) {
+                sums.load(f[(part + 1) % 2], a_stages + use * sa::NUMBERS,
+                          b_stages + use * sb::NUMBERS, (part + 1) * sums_of::K);
+            } else {
+                // The next stage is there for all, and all have read this one: it may be filled.
+                cp_async_wait<S::STAGES - 2>();
+                __syncthreads();
+                use = use + 1 == S::STAGES ? 0 : use + 1;
+                if (i + 1 < steps)
+                    sums.load(f[0], a_stages + use * sa::NUMBERS, b_stages + use * sb::NUMBERS, 0);
+            }
+            if (part == 0)
+                fetch(i + S::STAGES - 1 < steps);
+            sums.multiply(f[part % 2]);
+        }
     cp_async_wait_all();
     __syncthreads();
     float *const tile = reinterpret_cast<float *>(shared);

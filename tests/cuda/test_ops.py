@@ -15,6 +15,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # Ops whose kernels are not there yet: empty when the backend is done.
 MISSING = [op for op in ops.names() if not (KERNELS / f"{op}.cu").exists()]
 CASES = [(op, case) for op in ops.names() if op not in MISSING for case in oracle(op).CASES]
+FLOOR = {"experts": 8.0}  # ulp; tests/ops/test_experts.py says why
 BF16 = 2e-2  # of the largest value: two roundings to 8 bits and what they lead to
 
 
@@ -37,9 +38,10 @@ def run(op, case, compute):
 @pytest.mark.parametrize("op, case", CASES)
 def test_fp32(op, case):
     inputs, outs, upstream, grads = run(op, case, "fp32")
-    compare(op, outs, inputs)
+    floor = FLOOR.get(op, 4.0)
+    compare(op, outs, inputs, floor)
     if grads is not None:
-        compare(op, grads, inputs, which="backward", **upstream)
+        compare(op, grads, inputs, floor, which="backward", **upstream)
 
 
 def close_in_bf16(op, got, truth):
