@@ -36,7 +36,8 @@
 // rows in order, then the slots of a group, 8 interleaved runs and then those in order; drow_weight:
 // chunks of 8, a tile's chunks, the tiles, the bias. The plan is what routing_plan or promoe.ops has
 // checked: indices are taken as they are.
-#include "product.cuh"
+#include "experts.cuh"
+#include "experts_loop.cuh"
 
 namespace {
 
@@ -63,159 +64,16 @@ using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2, 2>;
 // Rows per group and widths from which the large shapes pay: a tile that is three quarters full.
 constexpr int64_t LARGE_ROWS = 96, LARGE_WIDTH = 96;
 
+constexpr int64_t CHUNK_ROWS = 512; // chunk_rows() below
+
+// Tiles over a length.
+int tiles(int64_t length, int tile) { return (int)((length + tile - 1) / tile); }
+
 bool is_large(const pm_experts_args *g)
 {
     const int64_t width = g->W > g->Z ? g->W : g->Z;
     return (g->G ? g->R >= LARGE_ROWS * g->G : g->N >= LARGE_ROWS) && width >= LARGE_WIDTH &&
            g->D >= LARGE_WIDTH;
-}
-
-// ---------------------------------------------------------------- what kernels see
-
-// Numbers between the rows of hidden activations in scratch: 16-byte aligned whatever the width.
-__host__ __device__ inline int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
-
-// The groups' matrices of F_g D numbers, one after another; derived twins begin at multiples of 64 bytes.
-template <class T> struct matrices {
-    const T *at;
-    bool rounded;
-};
-
-// Tiles over a length.
-int tiles(int64_t length, int tile) { return (int)((length + tile - 1) / tile); }
-
-template <class T> struct layer {
-    int64_t N, D, R, W, Z;
-    int G, S;
-    const int32_t *row_off, *row_token, *tok_off, *tok_row, *foff;
-    const float *row_weight;
-    const T *x;
-    matrices<T> up, down;
-    const float *up_bias, *down_bias;
-};
-
-template <class T> PM_DEVICE int width_of(const layer<T> &l, int group)
-{
-    return l.foff[group + 1] - l.foff[group];
-}
-
-template <class T> PM_DEVICE const T *matrix_of(const layer<T> &l, const matrices<T> &m, int group)
-{
-    if (!m.rounded)
-        return m.at + l.foff[group] * l.D;
-    constexpr int64_t UNIT = 64 / sizeof(T);
-    int64_t at = 0;
-    for (int g = 0; g < group; g++)
-        at += (width_of(l, g) * l.D + UNIT - 1) / UNIT * UNIT;
-    return m.at + at;
-}
-
-// Slots, as the head of this file has them.
-template <class T> __host__ __device__ int64_t plan_slots(const layer<T> &l, int tile)
-{
-    return l.G ? l.R / tile + l.G : 0;
-}
-template <class T> __host__ __device__ int64_t token_slots(const layer<T> &l, int tile)
-{
-    return (l.N + tile - 1) / tile;
-}
-template <class T> int64_t all_slots(const layer<T> &l, int tile)
-{
-    return plan_slots(l, tile) + l.S * token_slots(l, tile);
-}
-
-// The rows of a slot: first .. first + rows - 1 of the plan, or of the tokens (shared).
-struct place {
-    int group;
-    bool shared;
-    int64_t first;
-    int rows;
-};
-
-// Every lane of the warp has to be here. rows is 0, or less, in a slot that the plan does not use.
-template <class T> PM_DEVICE place find(const layer<T> &l, int tile, int64_t slot)
-{
-    const int64_t plan = plan_slots(l, tile);
-    place p;
-    p.shared = slot >= plan;
-    if (p.shared) {
-        const int64_t slots = token_slots(l, tile), s = (slot - plan) / slots;
-        p.group = l.G + (int)s;
-        p.first = (slot - plan - s * slots) * tile;
-        p.rows = (int)(l.N - p.first < tile ? l.N - p.first : tile);
-        return p;
-    }
-    int begun = 0; // groups whose slots begin here or before
-    for (int g0 = 0; g0 < l.G; g0 += 32) {
-        const int g = g0 + (int)threadIdx.x % 32;
-        begun += __popc(__ballot_sync(PM_ALL, g < l.G && l.row_off[g] / tile + g <= slot));
-    }
-    p.group = begun - 1;
-    const int64_t begin = l.row_off[p.group], end = l.row_off[p.group + 1];
-    p.first = begin + (slot - (begin / tile + p.group)) * tile;
-    p.rows = (int)(end - p.first < tile ? end - p.first : tile);
-    return p;
-}
-
-// Arrays that have a row for each row of the plan, and others for each shared group and token.
-template <class T> struct hidden_rows {
-    T *plan, *shared;
-    int64_t plan_ld, shared_ld;
-};
-template <class T> PM_DEVICE int64_t ld_of(const hidden_rows<T> &a, const place &p)
-{
-    return p.shared ? a.shared_ld : a.plan_ld;
-}
-// The first row of a place, or NULL.
-template <class T, class L>
-PM_DEVICE T *rows_of(const hidden_rows<T> &a, const L &l, const place &p)
-{
-    T *const at = p.shared ? a.shared : a.plan;
-    const int64_t before = p.shared ? (p.group - l.G) * l.N + p.first : p.first;
-    return at ? at + before * ld_of(a, p) : nullptr;
-}
-// The rows of tokens, x or dy, that belong to a place.
-template <class T>
-PM_DEVICE pm_lines<T> token_lines(const layer<T> &l, const place &p, const T *tokens)
-{
-    return p.shared ? pm_lines<T>{tokens + p.first * l.D, l.D, nullptr}
-                    : pm_lines<T>{tokens, l.D, l.row_token + p.first};
-}
-
-// One product, not a sum of several.
-template <class T> struct one_segment {
-    pm_lines<T> a_lines, b_lines;
-    int depth_;
-    __device__ __forceinline__ int count() const { return 1; }
-    __device__ __forceinline__ int depth(int) const { return depth_; }
-    __device__ __forceinline__ pm_lines<T> a(int) const { return a_lines; }
-    __device__ __forceinline__ pm_lines<T> b(int) const { return b_lines; }
-};
-
-// ---------------------------------------------------------------- the activation
-
-// gelu_tanh(x) = x sigmoid(v), v = sqrt(8/pi) (x + 0.044715 x^3): two operations of the special function unit,
-// and no cancellation where tanh is near -1. Of bf16 the approximations, right to 1e-6; a tile's 128 x 128
-// of them are then 2000 clocks of an SM, and tanhf would be 4000 and more.
-template <class T> PM_DEVICE float sigmoid_of(float v)
-{
-    if (std::is_same<T, bf16>::value)
-        return __fdividef(1.0f, 1.0f + __expf(-v));
-    return 1.0f / (1.0f + expf(-v));
-}
-constexpr float GELU_1 = 1.5957691216f, GELU_3 = GELU_1 * 0.044715f;
-
-// h of pre.
-template <class T> PM_DEVICE float activate(float x)
-{
-    return x * sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
-}
-// h, and dh/dpre = s + x s (1 - s) dv/dx.
-template <class T> PM_DEVICE void activate_back(float x, float *h, float *slope)
-{
-    const float s = sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
-    *h = x * s;
-    *slope = fmaf(*h * (1.0f - s), fmaf(3.0f * GELU_3 * x, x, GELU_1), s);
 }
 
 // ---------------------------------------------------------------- up
@@ -225,7 +83,7 @@ template <class S, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     up_kernel(layer<T> l, int across, hidden_rows<T> pre, hidden_rows<T> h)
 {
-    const place p = find(l, S::BM, blockIdx.x / across);
+    const place p = find(l, S::BM, (int)(blockIdx.x / across));
     const int column0 = (int)(blockIdx.x % across) * S::BN;
     if (p.rows <= 0 || column0 >= width_of(l, p.group))
         return;
@@ -345,11 +203,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
 {
     if (single && (*single != 0) != (way == OUT_SINGLE))
         return;
-    const int64_t slot = blockIdx.x / across;
+    const int slot = (int)(blockIdx.x / across);
     const int column0 = (int)(blockIdx.x % across) * S::BN;
     place p;
     if (way == OUT_TOKENS) {
-        p = {l.G, true, slot * S::BM, 0};
+        p = {l.G, true, (int64_t)slot * S::BM, 0};
         p.rows = (int)(l.N - p.first < S::BM ? l.N - p.first : S::BM);
     } else {
         p = find(l, S::BM, slot);
@@ -395,7 +253,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     hidden_kernel(layer<T> l, int across, const T *dy, hidden_rows<T> pre, hidden_rows<T> dpre,
                   hidden_rows<T> wh, float *dots, float *sums, int64_t sums_ld)
 {
-    const int64_t slot = blockIdx.x / across;
+    const int slot = (int)(blockIdx.x / across);
     const place p = find(l, S::BM, slot);
     const int column0 = (int)(blockIdx.x % across) * S::BN;
     if (p.rows <= 0 || column0 >= width_of(l, p.group))
@@ -437,7 +295,7 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
         float sum = 0;
         for (int row = 0; row < p.rows; row++)
             sum += tile[row * S::TILE_LD + i];
-        sums[slot * sums_ld + column0 + i] = sum;
+        sums[(int64_t)slot * sums_ld + column0 + i] = sum;
     }
     if (p.shared)
         return;
@@ -463,7 +321,7 @@ __global__ void __launch_bounds__(32 * DY_WARPS, 4)
 {
     __shared__ float part[DY_WARPS][DY_COLUMNS];
     __shared__ float dot[DY_ROWS];
-    const place p = find(l, tile, blockIdx.x);
+    const place p = find(l, tile, (int)blockIdx.x);
     if (p.rows <= 0)
         return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -522,14 +380,7 @@ __global__ void __launch_bounds__(256)
     const int group = (int)(blockIdx.x / across), run = threadIdx.x / 32;
     const int64_t column = blockIdx.x % across * 32 + threadIdx.x % 32;
     const int64_t width = by_width ? width_of(l, group) : l.D;
-    int64_t slot, slots;
-    if (group < l.G) {
-        slot = l.row_off[group] / tile + group;
-        slots = (l.row_off[group + 1] - l.row_off[group] + tile - 1) / tile;
-    } else {
-        slots = token_slots(l, tile);
-        slot = plan_slots(l, tile) + (group - l.G) * slots;
-    }
+    const int64_t slot = first_slot(l, tile, group), slots = (rows_in(l, group) + tile - 1) / tile;
     float sum = 0;
     if (column < width)
         for (int64_t i = run; i < slots; i += 8)
@@ -546,17 +397,16 @@ __global__ void __launch_bounds__(256)
 // ---------------------------------------------------------------- gradients of the weights
 
 // UP: dup (f, D) += dpre^T x;  else ddown (D, f) += dy^T (w h). hidden: dpre, or w h; tokens: x, or dy.
-// grid: groups * rows of tiles * columns of tiles, the shared groups, which have the most rows, first.
+// grid: slots of `chunk` rows * rows of tiles * columns of tiles; the shared groups, which have the most
+// rows, first. A group of one chunk is added to the gradient, one of more leaves its products in
+// parts (slots, most: numbers of the widest group).
 template <class S, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
-    weights_kernel(layer<T> l, int down, int across, bool up, const T *tokens,
-                   hidden_rows<T> hidden, float *gradient)
+    weights_kernel(layer<T> l, int chunk, int down, int across, bool up, const T *tokens,
+                   hidden_rows<T> hidden, float *parts, int64_t most, float *gradient)
 {
-    place p;
-    p.group = l.G + l.S - 1 - (int)(blockIdx.x / (down * across));
-    p.shared = p.group >= l.G;
-    p.first = p.shared ? 0 : l.row_off[p.group];
-    p.rows = p.shared ? (int)l.N : l.row_off[p.group + 1] - (int)p.first;
+    const int slot = (int)(gridDim.x / (down * across) - 1 - blockIdx.x / (down * across));
+    const place p = find(l, chunk, slot);
     const int64_t width = width_of(l, p.group), row0 = blockIdx.x / across % down * S::BM,
                   column0 = blockIdx.x % across * S::BN;
     const int64_t rows = (up ? width : l.D) - row0, ld = up ? l.D : width, columns = ld - column0;
@@ -570,19 +420,53 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     const float *const tile =
         pm_product<S, true, true>(pm_shared, product, (int)rows, (int)columns);
 
-    float *const out = gradient + l.foff[p.group] * l.D + row0 * ld + column0;
+    const bool whole = rows_in(l, p.group) <= chunk;
+    float *const out = (whole ? gradient + l.foff[p.group] * l.D : parts + slot * most) +
+                       row0 * ld + column0;
     for (int i = threadIdx.x; i < S::BM * S::CHUNKS; i += S::THREADS) {
-        const int row = i / S::CHUNKS, chunk = i % S::CHUNKS, column = chunk * 8;
+        const int row = i / S::CHUNKS, part = i % S::CHUNKS, column = part * 8;
         if (row >= rows || column >= columns)
             continue;
         float v[8], old[8];
-        pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
-        pm_read8(out + row * ld + column, columns - column, old);
+        pm_tile_read(tile + row * S::TILE_LD + column, part, v);
+        if (whole) {
+            pm_read8(out + row * ld + column, columns - column, old);
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-            v[e] += old[e];
+            for (int e = 0; e < 8; e++)
+                v[e] += old[e];
+        }
         pm_write8(out + row * ld + column, columns - column, v);
     }
+}
+
+// The gradient of every group of several chunks += its parts, in their order. grid: groups * across.
+template <class T>
+__global__ void __launch_bounds__(256)
+    parts_kernel(layer<T> l, int chunk, int across, const float *__restrict__ parts, int64_t most,
+                 float *__restrict__ gradient)
+{
+    const int group = (int)(blockIdx.x / across);
+    const int64_t chunks = (rows_in(l, group) + chunk - 1) / chunk;
+    const int64_t at = ((int64_t)(blockIdx.x % across) * 256 + threadIdx.x) * 8,
+                  left = width_of(l, group) * l.D - at;
+    if (chunks < 2 || left <= 0)
+        return;
+    const float *part = parts + first_slot(l, chunk, group) * most + at;
+    float *const out = gradient + l.foff[group] * l.D + at;
+    float sum[8], v[8];
+    pm_read8(part, left, sum);
+    for (int64_t i = 1; i < chunks; i++) {
+        part += most;
+        pm_read8(part, left, v);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+            sum[e] += v[e];
+    }
+    pm_read8(out, left, v);
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        v[e] += sum[e];
+    pm_write8(out, left, v);
 }
 
 // ---------------------------------------------------------------- launches
@@ -610,25 +494,25 @@ size_t out_room(const pm_experts_args *g)
     return g->G ? pm_room(g->R * g->D, sizeof(float)) + pm_room(1, sizeof(int)) : 0;
 }
 
-template <class T> size_t matrix_room(const pm_experts_args *g, const pm_weight &weight)
-{
-    return pm_weight_room<T>(weight, g->F * g->D);
-}
 template <class T>
 pm_status take_matrix(pm_ctx *ctx, const pm_experts_args *g, const pm_weight &weight,
                       void **scratch, matrices<T> *out)
 {
     // D times a width is a multiple of 64 bytes when D is
-    out->rounded = std::is_same<T, bf16>::value && weight.derived && g->D * sizeof(T) % 64 != 0;
+    out->apart = std::is_same<T, bf16>::value && weight.derived && g->D * sizeof(T) % 64 != 0;
     return pm_weight_as<T>(ctx, weight, g->F * g->D, scratch, &out->at);
 }
 
-template <class T>
-pm_status make_layer(pm_ctx *ctx, const pm_experts_args *g, void **scratch, layer<T> *l)
+template <class T> void set_dims(const pm_experts_args *g, layer<T> *l)
 {
     *l = {};
     l->N = g->N, l->D = g->D, l->R = g->G ? g->R : 0, l->W = g->W, l->Z = g->Z;
     l->G = (int)g->G, l->S = (int)g->S;
+}
+template <class T>
+pm_status make_layer(pm_ctx *ctx, const pm_experts_args *g, void **scratch, layer<T> *l)
+{
+    set_dims(g, l);
     l->row_off = g->row_off, l->row_token = g->row_token;
     l->tok_off = g->tok_off, l->tok_row = g->tok_row, l->foff = g->foff;
     l->row_weight = g->row_weight;
@@ -688,22 +572,52 @@ template <class S, class L = S> struct path {
     // Partial sums of backward.
     static size_t sums_room(const pm_experts_args *g)
     {
-        layer<T> l = {};
-        l.N = g->N, l.R = g->R, l.W = g->W, l.Z = g->Z, l.G = (int)g->G, l.S = (int)g->S;
+        layer<T> l;
+        set_dims(g, &l);
         const int64_t slots = all_slots(l, S::BM), width = widest(l);
         return pm_room(slots * width, sizeof(float)) + pm_room(slots * g->D, sizeof(float)) +
-               pm_room(tiles(width, S::BN) * (g->G ? g->R : 0), sizeof(float));
+               pm_room(tiles(width, S::BN) * l.R, sizeof(float)) +
+               pm_room(parts_count(l), sizeof(float));
     }
 
+    // Rows of a chunk of the weights' gradients. The tiles of one group may be few (12 for S), and the
+    // shared group's rows many, so they are split until there are two blocks for every SM, but not
+    // below CHUNK_ROWS, where the parts would be a third of the traffic. Whole when that gives less
+    // than 3 parts of 2: XL has enough tiles.
+    static int chunk_rows(const layer<T> &l)
+    {
+        const int64_t blocks = (int64_t)tiles(l.D, L::BM) * tiles(widest(l), L::BN),
+                      rows = l.R + l.S * l.N, most = l.R > l.N ? l.R : l.N;
+        int64_t chunk = rows * blocks / (2 * pm_device().processors);
+        chunk = chunk < CHUNK_ROWS ? CHUNK_ROWS : tiles(chunk, L::BK) * L::BK;
+        return (int)(3 * chunk >= 2 * most ? (most > 0 ? most : 1) : chunk);
+    }
+    static bool is_split(const layer<T> &l)
+    {
+        const int chunk = chunk_rows(l);
+        return chunk < l.R || chunk < l.N;
+    }
+    static int64_t parts_count(const layer<T> &l)
+    {
+        return is_split(l) ? all_slots(l, chunk_rows(l)) * part_numbers(l) : 0;
+    }
+    static int64_t part_numbers(const layer<T> &l) { return padded(widest(l) * l.D); }
+
     static pm_status weights(pm_ctx *ctx, const layer<T> &l, bool up, const T *tokens,
-                             const hidden_rows<T> &hidden, float *gradient)
+                             const hidden_rows<T> &hidden, float *parts, float *gradient)
     {
         const int down = tiles(up ? widest(l) : l.D, L::BM),
-                  across = tiles(up ? l.D : widest(l), L::BN);
-        if (gradient)
-            PM_RUN(ctx, (weights_kernel<L>), (unsigned)((int64_t)(l.G + l.S) * down * across),
-                   L::THREADS, (pm_product_shared<L, true, true>()), l, down, across, up, tokens,
-                   hidden, gradient);
+                  across = tiles(up ? l.D : widest(l), L::BN), chunk = chunk_rows(l);
+        const int64_t most = part_numbers(l);
+        if (!gradient)
+            return PM_OK;
+        PM_RUN(ctx, (weights_kernel<L>), (unsigned)(all_slots(l, chunk) * down * across),
+               L::THREADS, (pm_product_shared<L, true, true>()), l, chunk, down, across, up, tokens,
+               hidden, parts, most, gradient);
+        const int pieces = tiles(most, 256 * 8);
+        if (is_split(l))
+            PM_RUN(ctx, (parts_kernel<T>), (unsigned)((l.G + l.S) * pieces), 256, 0, l, chunk,
+                   pieces, parts, most, gradient);
         return PM_OK;
     }
 
@@ -728,6 +642,7 @@ template <class S, class L = S> struct path {
         float *const dy_sums = pm_take<float>(&scratch, slots * l.D);
         const int across = tiles(width, S::BN);
         float *const dots = pm_take<float>(&scratch, across * l.R);
+        float *const parts = pm_take<float>(&scratch, parts_count(l));
         const T *const dy = static_cast<const T *>(d->dy);
 
         PM_RUN(ctx, (hidden_kernel<S>), (unsigned)(slots * across), S::THREADS,
@@ -742,8 +657,8 @@ template <class S, class L = S> struct path {
                    dots, d->drow_weight, dy_sums);
         if (d->dx)
             PM_TRY(out<true>(ctx, l, dpre, static_cast<T *>(d->dx), &scratch));
-        PM_TRY(weights(ctx, l, true, l.x, dpre, d->dup));
-        PM_TRY(weights(ctx, l, false, dy, wh, d->ddown));
+        PM_TRY(weights(ctx, l, true, l.x, dpre, parts, d->dup));
+        PM_TRY(weights(ctx, l, false, dy, wh, parts, d->ddown));
         PM_TRY(bias(ctx, l, true, dpre_sums, width, d->dup_bias));
         return bias(ctx, l, false, dy_sums, l.D, d->ddown_bias);
     }
@@ -765,18 +680,27 @@ auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 
 // ---------------------------------------------------------------- the op
 
+// For tests: does the op by experts_loop.cu from now on.
+static bool by_loop;
+extern "C" __attribute__((visibility("default"))) void pm_experts_by_loop(bool on) { by_loop = on; }
+
 template <class T>
 size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
-    const size_t both = matrix_room<T>(g, g->up) + matrix_room<T>(g, g->down) + out_room(g);
+    if (by_loop)
+        return pm_experts_loop_room<T>(g);
+    const size_t common = pm_weight_room<T>(g->up, g->F * g->D) +
+                          pm_weight_room<T>(g->down, g->F * g->D) + out_room(g);
     if (!backward)
-        return both + hidden_room<T>(g);
-    return both + 2 * hidden_room<T>(g) +
+        return common + hidden_room<T>(g);
+    return common + 2 * hidden_room<T>(g) +
            with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::sums_room(g); });
 }
 
 template <class T> pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *scratch)
 {
+    if (by_loop)
+        return pm_experts_loop_forward<T>(ctx, g, scratch);
     return with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::forward(ctx, g, scratch); });
 }
 
@@ -784,6 +708,8 @@ template <class T>
 pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const pm_experts_grads *d,
                            void *scratch)
 {
+    if (by_loop)
+        return pm_experts_loop_backward<T>(ctx, g, d, scratch);
     return with_shape<T>(ctx, g, [&](auto p) { return decltype(p)::backward(ctx, g, d, scratch); });
 }
 
