@@ -216,7 +216,8 @@ pm_status try_blas(pm_ctx *ctx, const pm_dense &d, const void *bias, bool *done)
 // ---------------------------------------------------------------- what stands in
 
 // One 32 x 32 tile of c per block of 256 threads, 2 x 2 of it per thread; the depth in steps of 16.
-// grid: (tiles of columns) * (tiles of rows). Every element is read once per tile of the other side.
+// grid: (tiles of columns) * (tiles of rows). Every element is read once per tile of the other
+// side.
 template <class T, class C>
 __global__ void __launch_bounds__(256)
     product_kernel(int64_t rows, int64_t columns, int64_t depth, const T *__restrict__ a, bool at,

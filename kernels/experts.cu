@@ -1,41 +1,46 @@
-// experts.cu: the feed-forward layer over a routing plan. The contract is csrc/ops/experts.h; the tiles of
-// products, their pipeline and their shared memory are product.cuh.
+// experts.cu: the feed-forward layer over a routing plan. The contract is csrc/ops/experts.h; one
+// tile of a product, its pipeline and its shared memory are product.cuh; who has which rows is
+// experts.cuh.
 //
-// Launches (each a block per tile; N tokens, R rows, f a group's width, W the widest):
-//   forward   up       h = w gelu(x up^T + bias), pre;         rows x W,  K = D
-//             out      y = h down^T + w bias                   rows x D,  K = f
-//   backward  hidden   dpre, w h, sums for dup_bias and drow_weight:  rows x W,  K = D
-//             dy       sums over the rows of dy for ddown_bias and drow_weight: one pass over dy
-//             out      dx = dpre up                            rows x D,  K = f
-//             weights  dup += dpre^T x, ddown += dy^T (w h)    groups x W x D, K = the group's rows
-//             sums     the biases' partial sums, in the order of the rows
-// The weight w of a row is taken into h where h is made: then down, and ddown, need no pass of their own
-// for it, and dy is read where it lies. Rows are gathered through row_token by the copies into shared
-// memory; x and dy are never copied.
+// Launches, with a block per tile (N tokens, R rows, f: the width of a group, W: of the widest):
+//   forward   up       h = w gelu(x up^T + bias), and pre         rows x W,  K = D
+//             out      y = h down^T + w bias                      rows x D,  K = f
+//   backward  hidden   dpre, w h; parts of dup_bias, drow_weight  rows x W,  K = D
+//             dy       drow_weight, and parts of ddown_bias       one pass over the rows of dy
+//             out      dx = dpre up                               rows x D,  K = f
+//             weights  dup += dpre^T x, ddown += dy^T (w h)       each group's W x D,  K = its rows
+//             parts    of dup and ddown, where a group's rows are split
+//             sums     of the parts of the biases
+// The row's weight w goes into h where h is made: so down and ddown have no pass of their own for
+// it, and dy is read where it lies. Rows are gathered through row_token by the copies into shared
+// memory; neither x nor dy is copied.
 //
-// Rows of a launch. A grid may only depend on dims, so there is a slot for every tile of rows that any
-// plan can have: group g has slots row_off[g] / BM + g and on, so many as R / BM + G in all (a group's
-// rows are at most its slots: a / BM - b / BM + 1 >= (a - b) / BM rounded up). A block finds its group
-// by a vote of a warp over row_off; one without rows returns at once. The shared groups follow, N / BM
-// slots each. Slots are the slow index and columns the fast one: the blocks that run at the same time have
-// few rows and one group's whole matrix, which is in L2 then.
+// A launch may only depend on dims, so there is a slot for every tile of rows that any plan can
+// have (experts.cuh), R / BM + G of them, and for the shared groups N / BM each. A block finds its
+// group by a vote over row_off, and returns at once where the plan has no rows. Slots are the slow
+// index of a grid, columns the fast one: the blocks that run at a time have few rows, and one
+// group's matrix, which is then in L2.
 //
-// One product for all that a token gets (out). Where each token has one row, the row's tile sums over
-// K = f + Z: [w h, h_shared] [down_g, down_shared]^T, and writes y, or dx, once. Whether it is so only the
-// device knows; what the dims say is whether it can be (R = N). Then `single` looks (one block, 4 N
-// bytes), and of the two ways that are launched one returns at once. The other way, and the only one where R != N:
-// the plan's rows go to scratch as floats, and the tiles of tokens add them up in the order of tok_row.
+// out is one product for all that a token gets. Where each token has one row, the row's tile sums
+// over K = f + Z, [w h, h_shared] [down_g, down_shared]^T, and writes y (or dx) once. The dims tell
+// only whether that can be (R = N). Then `single` looks whether it is (one block, 4 N bytes), both
+// ways are launched, and the blocks of one return at once. The other way, and the only one for R !=
+// N: the plan's rows go to scratch as floats, and the tiles of tokens add them in the order of
+// tok_row.
 //
-// Bytes for R = N rows of bf16, one shared group as wide as the others, beyond the weights:
-//   forward  up 2 D + 4 W (pre, h) and the same for the shared group; out 4 W + 2 D;
-//            in all, 6 D + 12 W per token: 2 reads of x, one write of y; pre and h written, h read.
-//   backward hidden 2 (2 D + 6 W); dy 4 D; out 4 W + 2 D; weights 2 (2 D + 2 W) each.
-// Tiles read x, dy and h once per column of tiles, from L2.
+// Bytes per token, bf16, R = N, one shared group as wide as the others, without the matrices:
+//   forward   6 D + 12 W: up 2 (2 D + 4 W), out 4 W + 2 D
+//   backward 18 D + 24 W: hidden 2 (2 D + 6 W), dy 4 D, out 4 W + 2 D, weights 2 * 2 (2 D + 2 W)
+// Tiles that share rows or columns read them again from L2: product.cuh has how often. R != N adds
+// 8 D per row for the rows in scratch (written and read as floats), each time.
 //
-// Order of sums: along K upwards (product.cuh), the shared groups after the row's own; the bias sums of BM
-// rows in order, then the slots of a group, 8 interleaved runs and then those in order; drow_weight:
-// chunks of 8, a tile's chunks, the tiles, the bias. The plan is what routing_plan or promoe.ops has
-// checked: indices are taken as they are.
+// Order of sums: along K upwards, a row's own group before the shared ones. Gradients of matrices:
+// chunks of a group's rows, in order. Biases: the rows of a slot in order (dup_bias) or in 8 runs
+// (ddown_bias), then the slots in 8 runs. drow_weight: chunks of 8 columns, the chunks of a tile,
+// the tiles, then <dy, bias>. All of it depends on dims, the plan and the number of SMs, never on
+// time.
+//
+// Indices of the plan are taken as they are: routing_plan, or promoe.ops, has checked them.
 #include "experts.cuh"
 #include "experts_loop.cuh"
 
@@ -43,16 +48,20 @@ namespace {
 
 // ---------------------------------------------------------------- sizes
 
-// bf16: 128 x 192, as every width of S, B and XL is a multiple of 192 (and 192 of L's waste 3 %). Per
-// number that travels from L2 a tile does 128 * 192 / (128 + 192) = 77 multiply-adds, which at 300e12 a
-// second is 7.8 TB/s: a smaller tile would wait for L2. 8 warps of 64 x 48: 96 sums and 28 words of
-// fragments per thread, and per 24 mma of a warp 7 ldmatrix.x4 (3.5 KB), half of what shared memory gives an A100 in that time.
-// 64 numbers deep, so that a barrier comes every 96 mma of a warp; 3 stages are 135 KiB of the 163
-// that a block may have on sm_80: one block per SM.
-// Floats: 128 x 128, 8 warps; tf32 64 x 32 each, FMA 32 x 64, that is 8 x 8 per thread: 16 loads of 16
-// bytes for 256 FMA.
-// The small shapes are for few rows per group (sampling one image: 20 rows) and narrow layers: four
-// blocks or more per SM, and 2 to 6 times the tiles.
+// Depths up to a few thousand (up, hidden: K = D): 128 x 128, four warps of 64 x 64 and two blocks
+// per SM, as what a tile does before and after its product, a quarter of its time at D = 1152, then
+// has the other block's product beside it. Per 32 mma of a warp 8 ldmatrix.x4 (4 KB), half of what
+// shared memory gives an A100 in that time. 128 sums and 2 * 32 words of fragments per thread: all
+// of the 255 registers. 4 stages of 32 numbers are 80 KB: twice that is what an SM of sm_80 has
+// (164 KB). Long ones (out: K = 2 f; weights: K = rows): 128 x 192, as the matrices' way through L2
+// is what limits then: per number that is fetched a tile of 128 x 128 does 64 multiply-adds, this
+// one 77; at 300e12 of them a second, which mma.sync may reach on an H100, that is 9.4 and 7.8
+// TB/s. Eight warps of 64 x 48, one block per SM, 64 numbers deep: a barrier every 96 mma of a
+// warp; 3 stages are 135 KB. Widths of S, B and XL are multiples of 384; for L (D = 1024) 192 would
+// leave 11 % empty, so there the first shape does all. Floats: 128 x 128, eight warps; tf32 64 x 32
+// each; FMA 32 x 64, 8 x 8 sums per thread: 16 loads of 16 bytes for 256 FMA. Small: few rows per
+// group (sampling one image: 20 rows) and narrow layers. Three blocks or more per SM, four to six
+// times the tiles.
 using bf16_short = pm_shape<bf16, true, 128, 128, 32, 4, 2, 2, 2>;
 using bf16_long = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4, 1>;
 using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2, 3>;
@@ -64,7 +73,7 @@ using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2, 2>;
 // Rows per group and widths from which the large shapes pay: a tile that is three quarters full.
 constexpr int64_t LARGE_ROWS = 96, LARGE_WIDTH = 96;
 
-constexpr int64_t CHUNK_ROWS = 512; // chunk_rows() below
+constexpr int64_t CHUNK_ROWS = 512; // chunk_rows() has the reason
 
 // Tiles over a length.
 int tiles(int64_t length, int tile) { return (int)((length + tile - 1) / tile); }
@@ -74,6 +83,12 @@ bool is_large(const pm_experts_args *g)
     const int64_t width = g->W > g->Z ? g->W : g->Z;
     return (g->G ? g->R >= LARGE_ROWS * g->G : g->N >= LARGE_ROWS) && width >= LARGE_WIDTH &&
            g->D >= LARGE_WIDTH;
+}
+
+// Tiles of S over D columns cover no more than those of the shape for short depths.
+template <class S> bool fits(int64_t D)
+{
+    return tiles(D, S::BN) * S::BN <= tiles(D, bf16_short::BN) * bf16_short::BN;
 }
 
 // ---------------------------------------------------------------- up
@@ -137,8 +152,8 @@ enum out_way {
     OUT_SINGLE, // a plan row each, and the shared groups of its token
 };
 
-// What an out product reads: hidden rows, and the matrices that take them to D (down: (D, f), or up of
-// dx: (f, D)).
+// What an out product reads: hidden rows, and the matrices that take them to D: down (D, f), or,
+// back, up (f, D).
 template <class T, bool BACKWARD> struct out_segments {
     const layer<T> &l;
     const hidden_rows<T> &hidden;
@@ -194,8 +209,8 @@ PM_DEVICE void add_biases(const layer<T> &l, const place &p, out_way way, int ro
         }
 }
 
-// grid: slots of the plan, or of tokens, * (columns of tiles). single: NULL, or whether OUT_SINGLE is
-// the way to go. part: (R, D).
+// grid: slots of the plan, or of tokens, * (columns of tiles). single: NULL, or whether OUT_SINGLE
+// is the way to go. part: (R, D).
 template <class S, bool BACKWARD, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     out_kernel(layer<T> l, int across, out_way way, const int *single, hidden_rows<T> hidden,
@@ -246,8 +261,9 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
 
 // ---------------------------------------------------------------- hidden: dpre
 
-// dh = dy down;  dpre = w dh gelu'(pre);  wh = w h. Per tile: dots (columns of tiles, R): the part of <dh, h> of these
-// columns; sums (slots, width): the sums of dpre over the rows.
+// dh = dy down;  dpre = w dh gelu'(pre);  wh = w h. Per tile: dots (columns of tiles, R): these
+// columns' part of <dh, h>, which is drow_weight but for the bias: down need not be multiplied
+// again. sums (slots, sums_ld): the sums of dpre over the rows.
 template <class S, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     hidden_kernel(layer<T> l, int across, const T *dy, hidden_rows<T> pre, hidden_rows<T> dpre,
@@ -307,10 +323,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     }
 }
 
-// ---------------------------------------------------------------- dy: what its rows give by themselves
+// ---------------------------------------------------------------- dy: what its rows give by
+// themselves
 
-// Per slot: sums (slots, D) = the sum of w dy over the rows; drow_weight = <dy, down_bias> + the dots. A warp
-// per row, 256 columns at a time, 8 to a lane.
+// Per slot: sums (slots, D) = the sum of w dy over the rows; drow_weight = the dots + <dy,
+// down_bias>. A warp per row, 256 columns at a time, 8 to a lane.
 constexpr int DY_WARPS = 8, DY_COLUMNS = 256, DY_ROWS = 128;
 
 template <class T>
@@ -369,8 +386,8 @@ __global__ void __launch_bounds__(32 * DY_WARPS, 4)
 
 // ---------------------------------------------------------------- sums of the biases
 
-// bias[group, column] += the sum over the group's slots of sums (slots, ld): 32 columns of a group per
-// block, 8 runs of slots. by_width: a group has F_g columns, from foff; else D.
+// bias[group, column] += the sum over the group's slots of sums (slots, ld): 32 columns of a group
+// per block, 8 runs of slots. by_width: a group has F_g columns, from foff; else D.
 template <class T>
 __global__ void __launch_bounds__(256)
     sums_kernel(layer<T> l, int across, int tile, bool by_width, const float *__restrict__ sums,
@@ -396,10 +413,10 @@ __global__ void __launch_bounds__(256)
 
 // ---------------------------------------------------------------- gradients of the weights
 
-// UP: dup (f, D) += dpre^T x;  else ddown (D, f) += dy^T (w h). hidden: dpre, or w h; tokens: x, or dy.
-// grid: slots of `chunk` rows * rows of tiles * columns of tiles; the shared groups, which have the most
-// rows, first. A group of one chunk is added to the gradient, one of more leaves its products in
-// parts (slots, most: numbers of the widest group).
+// up: dup (f, D) += dpre^T x;  else ddown (D, f) += dy^T (w h). hidden: dpre, or w h; tokens: x, or
+// dy. grid: slots of `chunk` rows * rows of tiles * columns of tiles; the shared groups, which have
+// the most rows, first. A group of one chunk is added to the gradient; one of more leaves its
+// products in parts (slots, most).
 template <class S, class T = typename S::T>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     weights_kernel(layer<T> l, int chunk, int down, int across, bool up, const T *tokens,
@@ -439,7 +456,8 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     }
 }
 
-// The gradient of every group of several chunks += its parts, in their order. grid: groups * across.
+// The gradient of every group of several chunks += its parts, in their order. grid: groups *
+// across.
 template <class T>
 __global__ void __launch_bounds__(256)
     parts_kernel(layer<T> l, int chunk, int across, const float *__restrict__ parts, int64_t most,
@@ -580,10 +598,11 @@ template <class S, class L = S> struct path {
                pm_room(parts_count(l), sizeof(float));
     }
 
-    // Rows of a chunk of the weights' gradients. The tiles of one group may be few (12 for S), and the
-    // shared group's rows many, so they are split until there are two blocks for every SM, but not
-    // below CHUNK_ROWS, where the parts would be a third of the traffic. Whole when that gives less
-    // than 3 parts of 2: XL has enough tiles.
+    // Rows of a chunk of the matrices' gradients. A group may have few tiles (12 in S), and the
+    // shared group has many rows: they are split until there are about two blocks for each SM, but
+    // not below CHUNK_ROWS, where a part that is written and read (196 KB) is half of what the
+    // product reads (327 KB). Where that would be less than 3 chunks for 2 groups they stay whole,
+    // as in XL.
     static int chunk_rows(const layer<T> &l)
     {
         const int64_t blocks = (int64_t)tiles(l.D, L::BM) * tiles(widest(l), L::BN),
@@ -669,7 +688,9 @@ template <class T, class What>
 auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 {
     if constexpr (std::is_same<T, bf16>::value)
-        return is_large(g) ? what(path<bf16_short, bf16_long>()) : what(path<bf16_small>());
+        return !is_large(g)            ? what(path<bf16_small>())
+               : fits<bf16_long>(g->D) ? what(path<bf16_short, bf16_long>())
+                                       : what(path<bf16_short>());
     else if (ctx->backend->compute == PM_TF32)
         return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
     else

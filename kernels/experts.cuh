@@ -1,5 +1,5 @@
-// experts.cuh: what the kernels of experts.cu share: the layer as they see it, who has which rows, and the
-// activation. It is a part of that file, in its unnamed namespace.
+// experts.cuh: what the kernels of experts.cu share: the layer as they see it, who has which rows,
+// and the activation. It is a part of that file, in its unnamed namespace.
 #pragma once
 #include "product.cuh"
 
@@ -10,8 +10,8 @@ namespace {
 // Numbers between the rows of hidden activations in scratch: 16-byte aligned whatever the width.
 __host__ __device__ inline int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
 
-// The groups' matrices of F_g D numbers, one after another, or (apart) each at a multiple of 64 bytes,
-// as derived twins are.
+// The groups' matrices of F_g D numbers, one after another, or (apart) each at a multiple of 64
+// bytes, as derived twins are.
 template <class T> struct matrices {
     const T *at;
     bool apart;
@@ -48,9 +48,9 @@ template <class T> PM_DEVICE int64_t rows_in(const layer<T> &l, int group)
     return group < l.G ? l.row_off[group + 1] - l.row_off[group] : l.N;
 }
 
-// A slot for every `tile` rows that a group can have. Plan groups: group g's begin at
-// row_off[g] / tile + g, so there are R / tile + G, whatever the plan: a group from row a to row b has
-// b / tile - a / tile + 1 of them, which is at least (b - a) / tile, rounded up. Then, for each shared
+// A slot for every `tile` rows that a group can have. Plan groups: group g's begin at row_off[g] /
+// tile + g, so there are R / tile + G, whatever the plan: a group from row a to row b has b / tile
+// - a / tile + 1 of them, which is at least (b - a) / tile, rounded up. Then, for each shared
 // group, those of the tokens.
 template <class T> __host__ __device__ int plan_slots(const layer<T> &l, int tile)
 {
@@ -138,9 +138,10 @@ template <class T> struct one_segment {
 
 // ---------------------------------------------------------------- the activation
 
-// gelu_tanh(x) = x sigmoid(v), v = sqrt(8/pi) (x + 0.044715 x^3): nothing cancels where tanh is near -1.
-// For bf16 by the approximations, which are right to 1e-6: two operations of the special function
-// unit, 2048 clocks of an SM for a tile of 128 x 128; tanhf, with its branches, would take twice that.
+// gelu_tanh(x) = x sigmoid(v), v = sqrt(8/pi) (x + 0.044715 x^3): nothing cancels where tanh is
+// near -1. For bf16 by the approximations, which are right to 1e-6: two operations of the special
+// function unit, 2048 clocks of an SM for a tile of 128 x 128; tanhf, with its branches, would take
+// twice that.
 template <class T> PM_DEVICE float sigmoid_of(float v)
 {
     if (std::is_same<T, bf16>::value)

@@ -1,6 +1,6 @@
-// experts_loop.cu: see experts_loop.cuh. As plain as it can be: rows are gathered into a copy, a product of
-// cuBLASLt (dense.cuh) follows another, results are added to floats in the order of the groups, and
-// drow_weight is <dy, output of the row>, without the identity that experts.cu uses.
+// experts_loop.cu: see experts_loop.cuh. As plain as it can be: rows are gathered into a copy, a
+// product of cuBLASLt (dense.cuh) follows another, results are added to floats in the order of the
+// groups, and drow_weight is <dy, output of the row>, without the identity that experts.cu uses.
 #include "experts_loop.cuh"
 
 #include <algorithm>
@@ -10,7 +10,8 @@
 
 namespace {
 
-// One group of this call. rows: how many; first: of the plan; token: NULL when all tokens have a row.
+// One group of this call. rows: how many; first: of the plan; token: NULL when all tokens have a
+// row.
 struct group {
     int64_t index, width, before, first, rows; // before: the sum of the widths of the groups before
     bool shared;

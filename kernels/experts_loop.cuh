@@ -1,5 +1,6 @@
-// experts_loop.cuh: the oracle of experts.cu, for tests: the same op, a group after another, each product by
-// cuBLASLt. It reads the plan back to the host, so no step may use it, and copies what it gathers.
+// experts_loop.cuh: the oracle of experts.cu, for tests: the same op, a group after another, each
+// product by cuBLASLt. It reads the plan back to the host, so no step may use it, and copies what
+// it gathers.
 #pragma once
 #include "common.cuh"
 

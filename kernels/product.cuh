@@ -1,24 +1,26 @@
-// product.cuh: one tile of a product of matrices, for kernels that choose their own rows: gathered by
-// an index, of several matrices one after another, of a group found on the device.
+// product.cuh: one tile of a product of matrices, for kernels that choose their own rows: gathered
+// by an index, of several matrices one after another, of a group found on the device.
 //
 //   c (BM x BN) = sum over segments of a b,   a: rows x depth, b: depth x columns
 //
 // A block computes one tile. Its warps have WM x WN of it each, in registers, and step through the
 // depth, BK at a time, while cp.async fetches STAGES - 1 steps ahead into shared memory. Then the
 // sums go to shared memory as floats, row by row (pm_tile): what follows (biases, activations, sums
-// over rows or columns) is written once, with 8 neighbours of a row per thread, whatever multiplied.
+// over rows or columns) is written once, with 8 neighbours of a row per thread, whatever
+// multiplied.
 //
 // What multiplies depends on the shape (pm_shape): bf16 by mma.m16n8k16, float by mma.m16n8k8 of
 // tf32, or float by FMA. All run over the depth upwards, and a step's zeros beyond the end of a
-// segment add nothing, so an element's bits depend neither on the size of the tile nor on its place.
+// segment add nothing, so an element's bits depend neither on the size of the tile nor on its
+// place.
 //
-// Memory. An operand is lines of consecutive numbers: along the depth (a row of a, a column of b), or
-// across it (MINOR: a line is one k). 16 bytes travel at a time, 8 lanes or more to a line, where the
-// line's start allows it; other widths go number by number, which is slow and right. What is
-// beyond the end of a line, or of the lines, is filled with zeros.
+// Memory. An operand is lines of consecutive numbers: along the depth (a row of a, a column of b),
+// or across it (MINOR: a line is one k). 16 bytes travel at a time, 8 lanes or more to a line,
+// where the line's start allows it; other widths go number by number, which is slow and right. What
+// is beyond the end of a line, or of the lines, is filled with zeros.
 //
-// Shared memory has no bank conflicts: a line is padded by 16 bytes, which makes it an odd number of
-// 16-byte units for bf16 (72, 40, 136, 200 numbers): the 8 rows of an ldmatrix are then in 8
+// Shared memory has no bank conflicts: a line is padded by 16 bytes, which makes it an odd number
+// of 16-byte units for bf16 (72, 40, 136, 200 numbers): the 8 rows of an ldmatrix are then in 8
 // different units of 128 bytes. Floats along the depth: 36 or 20 to a line, and 4 g + t or 20 g + t
 // (g < 8, t < 4) are 32 different banks; across it: 8 more than a multiple of 32, and 8 t + g are.
 #pragma once
@@ -102,8 +104,8 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
     pm_lines<T> lines;
     bool aligned;
     int extent, depth;
-    // What lines the thread has: of all steps, or (MINOR) of the next one, read a step early because
-    // the copy needs it at once. -1: none.
+    // What lines the thread has: of all steps, or (MINOR) of the next one, read a step early
+    // because the copy needs it at once. -1: none.
     int32_t row[stage::ROWS];
 
     static __device__ __forceinline__ int line_of(int i)
@@ -239,8 +241,8 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
         const int warp = threadIdx.x / 32;
         load(f, a, b, warp / S::WARPS_N * S::WM, warp % S::WARPS_N * S::WN, k);
     }
-    // bf16: four 8 x 8 matrices by one ldmatrix. Matrix i is rows i % 2, depth i / 2 of a's 16 x 16;
-    // depth i % 2, columns i / 2 of b's 16 x 16, which is two fragments.
+    // bf16: four 8 x 8 matrices by one ldmatrix. Matrix i is rows i % 2, depth i / 2 of a's 16 x
+    // 16; depth i % 2, columns i / 2 of b's 16 x 16, which is two fragments.
     static __device__ __forceinline__ void load(fragments &f, const bf16 *a, const bf16 *b, int row,
                                                 int column, int k)
     {
@@ -305,9 +307,9 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
 // ---------------------------------------------------------------- the product
 
 // The tile, in shared memory, for the whole block (a barrier has passed), with one float per chunk
-// (BM x CHUNKS) behind it that is free to use.
-// segments: count(), and for each depth(i), a(i), b(i): pm_lines from the tile's first row and column
-// on. rows, columns: how many of the tile's there are.
+// (BM x CHUNKS) behind it that is free to use. segments: count(), and for each depth(i), a(i),
+// b(i): pm_lines from the tile's first row and column on. rows, columns: how many of the tile's
+// there are.
 template <class S, bool A_MINOR, bool B_MINOR, class Segments>
 PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int rows, int columns)
 {
