@@ -49,21 +49,26 @@ namespace {
 // ---------------------------------------------------------------- sizes
 
 // Depths up to a few thousand (up, hidden: K = D): 128 x 128, four warps of 64 x 64 and two blocks
-// per SM, as what a tile does before and after its product, a quarter of its time at D = 1152, then
-// has the other block's product beside it. Per 32 mma of a warp 8 ldmatrix.x4 (4 KB), half of what
-// shared memory gives an A100 in that time. 128 sums and 2 * 32 words of fragments per thread: all
-// of the 255 registers. 4 stages of 32 numbers are 80 KB: twice that is what an SM of sm_80 has
-// (164 KB). Long ones (out: K = 2 f; weights: K = rows): 128 x 192, as the matrices' way through L2
-// is what limits then: per number that is fetched a tile of 128 x 128 does 64 multiply-adds, this
-// one 77; at 300e12 of them a second, which mma.sync may reach on an H100, that is 9.4 and 7.8
-// TB/s. Eight warps of 64 x 48, one block per SM, 64 numbers deep: a barrier every 96 mma of a
-// warp; 3 stages are 135 KB. Widths of S, B and XL are multiples of 384; for L (D = 1024) 192 would
-// leave 11 % empty, so there the first shape does all. Floats: 128 x 128, eight warps; tf32 64 x 32
-// each; FMA 32 x 64, 8 x 8 sums per thread: 16 loads of 16 bytes for 256 FMA. Small: few rows per
-// group (sampling one image: 20 rows) and narrow layers. Three blocks or more per SM, four to six
-// times the tiles.
+// per SM, as what a tile does before and after its product, a quarter of its time at D = 1152 by
+// count, then has the other block's product beside it. Per 32 mma of a warp 8 ldmatrix.x4 (4 KB),
+// half of what shared memory gives an A100 in that time. 128 sums and 2 * 32 words of fragments per
+// thread: all of the 255 registers. 4 stages of 32 numbers are 80 KB: an SM of sm_80 has 164.
+//
+// Long ones (out: K = 2 f; weights: K = rows): 128 x 192, as the way through L2 is what limits then:
+// per number that is fetched a tile of 128 x 128 does 64 multiply-adds, this one 77; at 300e12 of
+// them a second, which mma.sync may reach on an H100, that is 9.4 and 7.8 TB/s. Eight warps of
+// 64 x 48, one block per SM, 64 numbers deep: a barrier every 96 mma of a warp; 3 stages are 135 KB.
+// Widths of S, B and XL are multiples of 384; for L (D = 1024) 192 would leave 11 % empty, so there
+// it is 128 x 128 in eight warps of 64 x 32 (the registers of 64 x 64 do not suffice).
+//
+// Floats: 128 x 128 in eight warps, 64 x 32 for tf32; 32 x 64 for FMA, 8 x 8 sums per thread: 16
+// loads of 16 bytes for 256 FMA.
+//
+// Small: few rows per group (sampling one image: 20 rows) and narrow layers. Two blocks or three and
+// more per SM, four to six times the tiles.
 using bf16_short = pm_shape<bf16, true, 128, 128, 32, 4, 2, 2, 2>;
 using bf16_long = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4, 1>;
+using bf16_long_128 = pm_shape<bf16, true, 128, 128, 64, 3, 2, 4, 1>;
 using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2, 3>;
 using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>;
 using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2, 3>;
@@ -85,11 +90,8 @@ bool is_large(const pm_experts_args *g)
            g->D >= LARGE_WIDTH;
 }
 
-// Tiles of S over D columns cover no more than those of the shape for short depths.
-template <class S> bool fits(int64_t D)
-{
-    return tiles(D, S::BN) * S::BN <= tiles(D, bf16_short::BN) * bf16_short::BN;
-}
+// Tiles of 192 columns cover no more than those of 128 would.
+bool fits_192(int64_t D) { return tiles(D, 192) * 192 <= tiles(D, 128) * 128; }
 
 // ---------------------------------------------------------------- up
 
@@ -688,9 +690,9 @@ template <class T, class What>
 auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 {
     if constexpr (std::is_same<T, bf16>::value)
-        return !is_large(g)            ? what(path<bf16_small>())
-               : fits<bf16_long>(g->D) ? what(path<bf16_short, bf16_long>())
-                                       : what(path<bf16_short>());
+        return !is_large(g)     ? what(path<bf16_small>())
+               : fits_192(g->D) ? what(path<bf16_short, bf16_long>())
+                                : what(path<bf16_short, bf16_long_128>());
     else if (ctx->backend->compute == PM_TF32)
         return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
     else

@@ -81,7 +81,7 @@ def test_tf32_is_not_fp32():
 
 @pytest.mark.parametrize("compute, case, kernel", [
     ("bf16", "full_tiles", "up_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, __nv_bfloat16>"),
-    ("bf16", "full_tiles_top2", "weights_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, __nv_bfloat16>"),
+    ("bf16", "full_tiles_top2", "out_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 64, 3, 2, 4, 1>, false, __nv_bfloat16>"),
     ("bf16", "full_tiles", "weights_kernel<pm_shape<__nv_bfloat16, true, 128, 192, 64, 3, 2, 4, 1>, __nv_bfloat16>"),
     ("tf32", "full_tiles", "up_kernel<pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>, float>"),
     ("fp32", "full_tiles", "up_kernel<pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>, float>")])
