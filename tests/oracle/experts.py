@@ -165,8 +165,8 @@ CASES = {
     "blocks": case(500, 40, (80,) * 4, (60,), A=2),
     "rows_as_many_as_tokens": case(45, 16, (16,) * 3, (20,), A=2, choose=none_to_two),
     "room_for_one_row_each": case(40, 16, (16,) * 3, (20,), choose=some_without, R=40),
-    "full_tiles": case(800, 136, (200, 136), (144,)),
-    "full_tiles_top2": case(200, 101, (120, 97, 33), (97, 130), A=2),
+    "full_tiles": case(800, 136, (128, 120), (112,)),
+    "full_tiles_top2": case(200, 101, (150, 97, 33), (97, 130), A=2),
     "many_blocks": case(900, 5, (6, 7), (8,), choose=skewed),
 }
 CASES |= {f"D{D}": case(13, D, (2 * D, D + 3), (D,), A=1 + D % 2) for D in range(1, 34)}
