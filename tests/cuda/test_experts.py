@@ -1,0 +1,206 @@
+"""The experts' own grouped product against a cuBLASLt product per expert (kernels/experts_loop.cu), and what
+the op's oracle cases do not ask: tf32, derived twins, launches that do not depend on the routing."""
+
+import ctypes
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from promoe import ops
+from tests.ops.common import cast, make, make_upstream
+from tests.oracle import experts as oracle
+
+from .test_ops import DEVICE
+
+LIBRARY = ctypes.CDLL(os.environ["PROMOE_CUDA_ON_CPU"]) if DEVICE == "cuda-on-cpu" else None
+pytestmark = pytest.mark.skipif(not LIBRARY, reason="looks into the library of cuda-on-cpu")
+
+# Of the largest value. fp32: two orders of summation. tf32: operands have 11 bits. bf16: each way rounds its own
+# intermediate results.
+TOLERANCE = {"fp32": 2e-6, "tf32": 3e-3, "bf16": 2e-2}
+CASES = ("promoe", "top3", "two_shared", "dense", "widths", "no_width", "empty_groups", "no_rows", "some_without",
+         "some_without_no_shared", "rows_as_many_as_tokens", "room_for_one_row_each", "padded", "one_token",
+         "full_tiles", "full_tiles_top2", "many_blocks")
+
+
+def run(case, compute, inputs=None):
+    """Forward and backward: everything the op writes."""
+    inputs = make("experts", case) if inputs is None else inputs
+    where = {"device": DEVICE, "compute": compute}
+    outs = ops.experts_forward(**inputs, **where)
+    return outs | ops.experts_backward(**inputs, **outs, **make_upstream("experts", case, outs), **where)
+
+
+@contextmanager
+def by_loop():
+    LIBRARY.pm_experts_by_loop(ctypes.c_bool(True))
+    try:
+        yield
+    finally:
+        LIBRARY.pm_experts_by_loop(ctypes.c_bool(False))
+
+
+def launches(name=None):
+    LIBRARY.pm_host_launches.restype = ctypes.c_long
+    return LIBRARY.pm_host_launches(name and name.encode())
+
+
+def close(got, truth, tolerance):
+    assert set(got) == set(truth)
+    for name, value in truth.items():
+        error = np.abs(got[name] - value).max(initial=0.0)
+        largest = np.abs(value).max(initial=0.0)
+        assert error <= tolerance * max(largest, 1e-3), f"{name}: error {error:.2e}, largest {largest:.2e}"
+
+
+@pytest.mark.parametrize("compute", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+def test_as_a_loop_over_the_experts(case, compute):
+    own = run(case, compute)
+    products = launches("single_kernel")
+    with by_loop():
+        loop = run(case, compute)
+    assert launches("single_kernel") == products
+    close(own, loop, TOLERANCE[compute])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tf32(case):
+    inputs = make("experts", case)
+    got = run(case, "tf32")
+    exact = cast(inputs, np.float64)
+    upstream = cast(make_upstream("experts", case, got), np.float64)
+    close(got, oracle.forward(**exact) | oracle.backward(**exact, **upstream), TOLERANCE["tf32"])
+
+
+def test_tf32_is_not_fp32():
+    assert (run("promoe", "tf32")["y"] != run("promoe", "fp32")["y"]).mean() > 0.9
+
+
+@pytest.mark.parametrize("compute, case, kernel", [
+    ("bf16", "full_tiles", "up_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, __nv_bfloat16>"),
+    ("bf16", "full_tiles_top2", "out_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 64, 3, 2, 4, 1>, false, __nv_bfloat16>"),
+    ("bf16", "full_tiles", "weights_kernel<pm_shape<__nv_bfloat16, true, 128, 192, 64, 3, 2, 4, 1>, __nv_bfloat16>"),
+    ("tf32", "full_tiles", "up_kernel<pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>, float>"),
+    ("fp32", "full_tiles", "up_kernel<pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>, float>")])
+def test_the_large_shapes_ran(compute, case, kernel):
+    before = launches(kernel)
+    run(case, compute)
+    assert launches(kernel) > before
+    before = launches(kernel)
+    run("promoe", compute)
+    assert launches(kernel) == before
+
+
+@pytest.mark.parametrize("case, split", [("full_tiles", 2), ("many_blocks", 2), ("full_tiles_top2", 0)])
+def test_gradients_in_parts_ran(case, split):
+    """dup and ddown of groups with many rows come in parts; the oracle's cases have some."""
+    before = launches("parts_kernel<float>")
+    run(case, "fp32")
+    assert launches("parts_kernel<float>") - before == split
+
+
+def test_launches_do_not_depend_on_the_routing():
+    inputs, counts = make("experts", "promoe"), []
+    N, G = len(inputs["x"]), len(inputs["row_off"]) - 1
+    for choice in (np.arange(N) % G, np.zeros(N, int), np.full(N, -1)):
+        routed = inputs | oracle.plan(choice[:, None].astype(np.int32), np.ones((N, 1), np.float32), G, N)
+        before = launches()
+        run("promoe", "bf16", routed)
+        counts.append(launches() - before)
+    assert counts[0] == counts[1] == counts[2]
+
+
+# ---------------------------------------------------------------- derived twins
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [("w", ctypes.c_void_p), ("derived", ctypes.c_void_p)]
+
+
+class Arguments(ctypes.Structure):
+    """pm_experts_args"""
+    DIMS = "N D G S F R W Z".split()
+    _fields_ = [*((name, ctypes.c_int64) for name in DIMS),
+                *((name, Weight if name in ("up", "down") else ctypes.c_void_p) for name in
+                  "x row_off row_token row_weight tok_off tok_row foff up up_bias down down_bias y pre pre_shared".split())]
+
+
+class Op(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("fields", ctypes.c_char_p), ("args", ctypes.c_size_t),
+                ("grads", ctypes.c_size_t)]
+
+
+class Plugin(ctypes.Structure):
+    """pm_plugin"""
+    _fields_ = [*((name, ctypes.c_size_t) for name in ("version", "context", "backend", "act_bytes_at", "first_op_at",
+                                                       "count")),
+                ("ops", ctypes.POINTER(Op)),
+                ("open", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t))]
+
+
+class Backend:
+    """The bf16 backend, without the extension between: it alone knows where the twins of a model are."""
+
+    MEMORY = "alloc free write read copy zero sync derived_bytes derive".split()
+    RESULT = {"alloc": ctypes.c_void_p, "derived_bytes": ctypes.c_size_t, "workspace": ctypes.c_size_t}
+
+    def __init__(self):
+        LIBRARY.pm_plugin_entry.restype = ctypes.POINTER(Plugin)
+        self.plugin = LIBRARY.pm_plugin_entry()[0]
+        message = ctypes.create_string_buffer(512)
+        self.table = self.plugin.open(1, message, 512)  # PM_BF16
+        assert self.table, message.value
+        self.context = ctypes.create_string_buffer(self.plugin.context)
+        ctypes.c_void_p.from_buffer(self.context).value = self.table
+
+    def __getattr__(self, name):
+        if name in self.MEMORY:
+            at = self.plugin.act_bytes_at + 8 * (1 + self.MEMORY.index(name))
+        else:
+            op = next(i for i in range(self.plugin.count) if self.plugin.ops[i].name == b"experts")
+            at = self.plugin.first_op_at + 24 * op + 8 * ("forward", "backward", "workspace").index(name)
+        address = ctypes.c_void_p.from_address(self.table + at).value
+        kind = ctypes.CFUNCTYPE(self.RESULT.get(name, ctypes.c_int))
+        return lambda *arguments: kind(address)(ctypes.byref(self.context), *arguments)
+
+    def put(self, array):
+        memory = ctypes.c_void_p(self.alloc(ctypes.c_size_t(array.nbytes)))
+        assert self.write(memory, array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes)) == 0
+        return memory
+
+
+@pytest.mark.parametrize("case", ["widths", "promoe", "full_tiles_top2"])
+def test_derived_twins_begin_at_multiples_of_64_bytes(case):
+    backend, inputs = Backend(), make("experts", case)
+    N, D = inputs["x"].shape
+    foff = inputs["foff"]
+    groups = len(foff) - 1
+    G = len(inputs["row_off"]) - 1
+    twins = {}
+    for name in ("up", "down"):
+        whole = backend.put(inputs[name])
+        shapes = [(int(foff[g + 1] - foff[g]), D) for g in range(groups)]
+        sizes = [backend.derived_bytes(ctypes.c_int64(f), ctypes.c_int64(d)) for f, d in shapes]
+        derived = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(sum(sizes))))
+        for g, (f, d) in enumerate(shapes):
+            one = ctypes.c_void_p(whole.value + 4 * int(foff[g]) * D)
+            twin = ctypes.c_void_p(derived.value + sum(sizes[:g]))
+            assert backend.derive(ctypes.c_int64(f), ctypes.c_int64(d), one, twin) == 0
+        twins[name] = Weight(whole, derived)
+    bits = np.ascontiguousarray(inputs["x"]).view(np.uint32)
+    x = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    y = backend.put(np.zeros((N, D), np.uint16))
+    arguments = Arguments(N, D, G, groups - G, foff[-1], len(inputs["row_token"]), inputs["W"], inputs["Z"],
+                          x=backend.put(x), y=y, **twins,
+                          **{name: backend.put(inputs[name]) for name, _ in Arguments._fields_
+                             if name in inputs and name not in ("x", "up", "down", "W", "Z")})
+    size = backend.workspace(ctypes.byref(arguments), ctypes.c_bool(False))
+    scratch = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(size)))
+    assert backend.forward(ctypes.byref(arguments), scratch) == 0
+    got = np.zeros((N, D), np.uint16)
+    assert backend.read(got.ctypes.data_as(ctypes.c_void_p), y, ctypes.c_size_t(got.nbytes)) == 0
+    without = ops.experts_forward(**inputs, device=DEVICE, compute="bf16")["y"]
+    np.testing.assert_array_equal((got.astype(np.uint32) << 16).view(np.float32), without)
