@@ -11,20 +11,22 @@ namespace {
 __host__ __device__ inline int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
 
 // The groups' matrices of F_g D numbers, one after another, or (apart) each at a multiple of 64
-// bytes, as derived twins are.
+// bytes, as derived twins are. A group has `halves` of them: 1, or 2 where up has a gate before it.
 template <class T> struct matrices {
     const T *at;
     bool apart;
+    int halves;
 };
 
 template <class T> struct layer {
-    int64_t N, D, R, W, Z;
+    int64_t N, D, R, W, Z; // W, Z: hidden units, half of the contract's with a gate
     int G, S;
+    int halves; // pre-activations of a hidden unit: 1; swiglu: 2, of the gate and of up
     const int32_t *row_off, *row_token, *tok_off, *tok_row, *foff;
     const float *row_weight;
     const T *x;
     matrices<T> up, down;
-    const float *up_bias, *down_bias;
+    const float *up_bias, *down_bias; // or NULL: zero
 };
 
 template <class T> PM_DEVICE int width_of(const layer<T> &l, int group)
@@ -32,14 +34,21 @@ template <class T> PM_DEVICE int width_of(const layer<T> &l, int group)
     return l.foff[group + 1] - l.foff[group];
 }
 
+// From a matrix of a group to the next one.
+template <class T> PM_DEVICE int64_t distance(const layer<T> &l, const matrices<T> &m, int group)
+{
+    constexpr int64_t UNIT = 64 / sizeof(T);
+    const int64_t numbers = width_of(l, group) * l.D;
+    return m.apart ? (numbers + UNIT - 1) / UNIT * UNIT : numbers;
+}
+// A group's first matrix.
 template <class T> PM_DEVICE const T *matrix_of(const layer<T> &l, const matrices<T> &m, int group)
 {
     if (!m.apart)
-        return m.at + l.foff[group] * l.D;
-    constexpr int64_t UNIT = 64 / sizeof(T);
+        return m.at + m.halves * l.foff[group] * l.D;
     int64_t at = 0;
     for (int g = 0; g < group; g++)
-        at += (width_of(l, g) * l.D + UNIT - 1) / UNIT * UNIT;
+        at += m.halves * distance(l, m, g);
     return m.at + at;
 }
 
@@ -101,7 +110,8 @@ template <class T> PM_DEVICE place find(const layer<T> &l, int tile, int slot)
     return p;
 }
 
-// Arrays that have a row for each row of the plan, and others for each shared group and token.
+// Arrays that have a row for each row of the plan, and others for each shared group and token. In
+// scratch, a row's two halves (the gate's, and up's) are ld / 2 apart; in pre, F_g.
 template <class T> struct hidden_rows {
     T *plan, *shared;
     int64_t plan_ld, shared_ld;
@@ -141,7 +151,7 @@ template <class T> struct one_segment {
 // gelu_tanh(x) = x sigmoid(v), v = sqrt(8/pi) (x + 0.044715 x^3): nothing cancels where tanh is
 // near -1. For bf16 by the approximations, which are right to 1e-6: two operations of the special
 // function unit, 2048 clocks of an SM for a tile of 128 x 128; tanhf, with its branches, would take
-// twice that.
+// twice that. silu(x) = x sigmoid(x), and swiglu is silu(gate) up.
 template <class T> PM_DEVICE float sigmoid_of(float v)
 {
     if (std::is_same<T, bf16>::value)
@@ -150,17 +160,29 @@ template <class T> PM_DEVICE float sigmoid_of(float v)
 }
 constexpr float GELU_1 = 1.5957691216f, GELU_3 = GELU_1 * 0.044715f;
 
-// h of pre.
-template <class T> PM_DEVICE float activate(float x)
+// h of a hidden unit's pre-activations: pre[0], or the gate's and up's.
+template <class T> PM_DEVICE float activate(const float (&pre)[1])
 {
+    const float x = pre[0];
     return x * sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
 }
-// h, and dh/dpre = s + x s (1 - s) dv/dx.
-template <class T> PM_DEVICE void activate_back(float x, float *h, float *slope)
+template <class T> PM_DEVICE float activate(const float (&pre)[2])
 {
-    const float s = sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1));
-    *h = x * s;
-    *slope = fmaf(*h * (1.0f - s), fmaf(3.0f * GELU_3 * x, x, GELU_1), s);
+    return pre[0] * sigmoid_of<T>(pre[0]) * pre[1];
+}
+// h, and dh/dpre: for gelu s + x s (1 - s) dv/dx; for silu that with v = x.
+template <class T> PM_DEVICE float activate_back(const float (&pre)[1], float (&slope)[1])
+{
+    const float x = pre[0], s = sigmoid_of<T>(x * fmaf(GELU_3 * x, x, GELU_1)), h = x * s;
+    slope[0] = fmaf(h * (1.0f - s), fmaf(3.0f * GELU_3 * x, x, GELU_1), s);
+    return h;
+}
+template <class T> PM_DEVICE float activate_back(const float (&pre)[2], float (&slope)[2])
+{
+    const float s = sigmoid_of<T>(pre[0]), silu = pre[0] * s;
+    slope[0] = fmaf(silu, 1.0f - s, s) * pre[1];
+    slope[1] = silu;
+    return silu * pre[1];
 }
 
 } // namespace

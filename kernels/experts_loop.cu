@@ -77,6 +77,27 @@ template <class T> __global__ void narrow_kernel(int64_t count, const float *fro
         to[i] = pm_to<T>(from[i]);
 }
 
+// h = silu(gate) up
+template <class T> __global__ void swiglu_kernel(int64_t count, const T *gate, const T *up, T *h)
+{
+    for (int64_t i = pm_thread(); i < count; i += pm_threads()) {
+        const float x = pm_float(gate[i]);
+        h[i] = pm_to<T>(x * pm_sigmoid_of(x) * pm_float(up[i]));
+    }
+}
+
+// The gradients of gate and up from that of h; dgate may be where dh is.
+template <class T>
+__global__ void dswiglu_kernel(int64_t count, const T *gate, const T *up, const T *dh, T *dgate,
+                               T *dup)
+{
+    for (int64_t i = pm_thread(); i < count; i += pm_threads()) {
+        const float x = pm_float(gate[i]), s = pm_sigmoid_of(x), d = pm_float(dh[i]);
+        dup[i] = pm_to<T>(d * x * s);
+        dgate[i] = pm_to<T>(d * pm_float(up[i]) * (s + x * s * (1.0f - s)));
+    }
+}
+
 template <class T> __global__ void gelu_kernel(int64_t count, const T *pre, T *h)
 {
     for (int64_t i = pm_thread(); i < count; i += pm_threads())
@@ -114,15 +135,17 @@ pm_status scatter(pm_ctx *ctx, const group &e, int64_t D, const float *weight, c
     return PM_OK;
 }
 
-// The saved rows of a group, of F_g numbers each, and the same at a distance of W or Z.
+// The saved rows of a group, of F_g numbers each (with a gate those of one half), and the same at a
+// distance of W or Z.
 template <class T>
-pm_status move_pre(pm_ctx *ctx, const pm_experts_args *g, const group &e, T *rows, bool save)
+pm_status move_pre(pm_ctx *ctx, const pm_experts_args *g, const group &e, int half, T *rows,
+                   bool save)
 {
     T *saved = static_cast<T *>(e.shared ? g->pre_shared : g->pre);
     const int64_t ld = e.shared ? g->Z : g->W;
     if (!saved || !e.rows || !e.width)
         return PM_OK;
-    saved += (e.shared ? (e.index - g->G) * g->N : e.first) * ld;
+    saved += (e.shared ? (e.index - g->G) * g->N : e.first) * ld + half * e.width;
     const size_t wide = (size_t)ld * sizeof(T), narrow = (size_t)e.width * sizeof(T);
     return pm_cuda(ctx, "cudaMemcpy2DAsync",
                    cudaMemcpy2DAsync(save ? saved : rows, save ? wide : narrow, save ? rows : saved,
@@ -132,22 +155,34 @@ pm_status move_pre(pm_ctx *ctx, const pm_experts_args *g, const group &e, T *row
 
 // ---------------------------------------------------------------- one group
 
+int halves_of(const pm_experts_args *g) { return g->activation == PM_EXPERTS_SWIGLU ? 2 : 1; }
+
+// up: of a group with a gate the gate, and up.
 template <class T> struct matrices {
-    const T *up, *down;
+    const T *up[2], *down;
 };
 template <class T>
 pm_status take_matrices(pm_ctx *ctx, const pm_experts_args *g, const group &e,
                         const std::vector<group> &groups, void **scratch, matrices<T> *m)
 {
-    int64_t twin = 0; // where the group's twin begins
-    for (int64_t i = 0; i < e.index; i++)
-        twin += (int64_t)ctx->backend->derived_bytes(ctx, groups[(size_t)i].width, g->D);
-    const auto of = [&](const pm_weight &w) {
-        const char *const derived = static_cast<const char *>(w.derived);
-        return pm_weight{w.w + e.before * g->D, derived ? derived + twin : nullptr};
+    const int halves = halves_of(g);
+    const auto twin_bytes = [&](int64_t width) {
+        return (int64_t)ctx->backend->derived_bytes(ctx, width, g->D);
     };
-    PM_TRY(pm_weight_as<T>(ctx, of(g->up), e.width * g->D, scratch, &m->up));
-    return pm_weight_as<T>(ctx, of(g->down), e.width * g->D, scratch, &m->down);
+    int64_t twins = 0; // of the groups before, of a matrix each
+    for (int64_t i = 0; i < e.index; i++)
+        twins += twin_bytes(groups[(size_t)i].width);
+    const auto of = [&](const pm_weight &w, int64_t numbers, int64_t bytes) {
+        const char *const derived = static_cast<const char *>(w.derived);
+        return pm_weight{w.w + numbers, derived ? derived + bytes : nullptr};
+    };
+    for (int half = 0; half < halves; half++)
+        PM_TRY(pm_weight_as<T>(ctx,
+                               of(g->up, (halves * e.before + half * e.width) * g->D,
+                                  halves * twins + half * twin_bytes(e.width)),
+                               e.width * g->D, scratch, &m->up[half]));
+    return pm_weight_as<T>(ctx, of(g->down, e.before * g->D, twins), e.width * g->D, scratch,
+                           &m->down);
 }
 
 // h (rows, F_g) -> (rows, D), with the bias
@@ -159,31 +194,57 @@ pm_dense down_product(const pm_experts_args *g, const group &e, const T *h, cons
     p.a = h;
     p.b = down, p.bt = true;
     p.c = out;
-    p.epilogue = PM_EPILOGUE_BIAS;
-    p.bias = g->down_bias + e.index * g->D;
+    p.epilogue = g->down_bias ? PM_EPILOGUE_BIAS : PM_EPILOGUE_NONE;
+    p.bias = g->down_bias ? g->down_bias + e.index * g->D : nullptr;
     return p;
+}
+
+// What a group's hidden units are, from their pre-activations.
+template <class T> struct hidden {
+    T *pre[2], *h;
+};
+template <class T> hidden<T> take_hidden(const group &e, int halves, void **scratch)
+{
+    hidden<T> t = {};
+    for (int half = 0; half < halves; half++)
+        t.pre[half] = pm_take<T>(scratch, e.rows * e.width);
+    t.h = pm_take<T>(scratch, e.rows * e.width);
+    return t;
+}
+template <class T>
+pm_status activate(pm_ctx *ctx, const pm_experts_args *g, const group &e, const hidden<T> &t)
+{
+    const int64_t count = e.rows * e.width;
+    if (halves_of(g) == 2)
+        PM_RUN(ctx, swiglu_kernel<T>, pm_blocks(count, 256), 256, 0, count, t.pre[0], t.pre[1],
+               t.h);
+    else
+        PM_RUN(ctx, gelu_kernel<T>, pm_blocks(count, 256), 256, 0, count, t.pre[0], t.h);
+    return PM_OK;
 }
 
 template <class T>
 pm_status forward_group(pm_ctx *ctx, const pm_experts_args *g, const group &e, const matrices<T> &m,
                         void *scratch, float *y)
 {
-    T *const x = pm_take<T>(&scratch, e.rows * g->D), *const out =
-                                                          pm_take<T>(&scratch, e.rows * g->D);
-    T *const pre = pm_take<T>(&scratch, e.rows * e.width), *const h = pm_take<T>(&scratch,
-                                                                                 e.rows * e.width);
+    const int halves = halves_of(g);
+    T *const x = pm_take<T>(&scratch, e.rows * g->D);
+    T *const out = pm_take<T>(&scratch, e.rows * g->D);
+    const hidden<T> t = take_hidden<T>(e, halves, &scratch);
     PM_TRY(gather<T>(ctx, e, g->D, nullptr, g->x, x));
-    pm_dense p = {};
-    p.rows = e.rows, p.columns = e.width, p.depth = g->D;
-    p.a = x;
-    p.b = m.up, p.bt = true;
-    p.c = h;
-    p.epilogue = PM_EPILOGUE_BIAS_GELU;
-    p.bias = g->up_bias + e.before;
-    p.pre = pre;
-    PM_TRY(pm_dense_run<T, T>(ctx, p, &scratch));
-    PM_TRY(move_pre(ctx, g, e, pre, true));
-    PM_TRY(pm_dense_run<T, T>(ctx, down_product(g, e, h, m.down, out), &scratch));
+    for (int half = 0; half < halves; half++) {
+        pm_dense p = {};
+        p.rows = e.rows, p.columns = e.width, p.depth = g->D;
+        p.a = x;
+        p.b = m.up[half], p.bt = true;
+        p.c = t.pre[half];
+        p.epilogue = g->up_bias ? PM_EPILOGUE_BIAS : PM_EPILOGUE_NONE;
+        p.bias = g->up_bias ? g->up_bias + halves * e.before + half * e.width : nullptr;
+        PM_TRY(pm_dense_run<T, T>(ctx, p, &scratch));
+        PM_TRY(move_pre(ctx, g, e, half, t.pre[half], true));
+    }
+    PM_TRY(activate(ctx, g, e, t));
+    PM_TRY(pm_dense_run<T, T>(ctx, down_product(g, e, t.h, m.down, out), &scratch));
     return scatter<T>(ctx, e, g->D, e.weight, out, y);
 }
 
@@ -208,41 +269,50 @@ template <class T>
 pm_status backward_group(pm_ctx *ctx, const pm_experts_args *g, const pm_experts_grads *d,
                          const group &e, const matrices<T> &m, void *scratch, float *dx)
 {
-    const int64_t D = g->D, numbers = e.rows * D, hidden = e.rows * e.width;
+    const int64_t D = g->D, numbers = e.rows * D, hidden_count = e.rows * e.width;
+    const int halves = halves_of(g);
     T *const x = pm_take<T>(&scratch, numbers), *const dy = pm_take<T>(&scratch, numbers),
              *const out = pm_take<T>(&scratch, numbers);
-    T *const pre = pm_take<T>(&scratch, hidden), *const h = pm_take<T>(&scratch, hidden),
-             *const dpre = pm_take<T>(&scratch, hidden);
+    const hidden<T> t = take_hidden<T>(e, halves, &scratch);
+    T *const dpre[2] = {pm_take<T>(&scratch, hidden_count),
+                        halves == 2 ? pm_take<T>(&scratch, hidden_count) : nullptr};
     PM_TRY(gather<T>(ctx, e, D, nullptr, g->x, x));
     PM_TRY(gather<T>(ctx, e, D, e.weight, d->dy, dy));
-    PM_TRY(move_pre(ctx, g, e, pre, false));
-    PM_RUN(ctx, gelu_kernel<T>, pm_blocks(hidden, 256), 256, 0, hidden, pre, h);
+    for (int half = 0; half < halves; half++)
+        PM_TRY(move_pre(ctx, g, e, half, t.pre[half], false));
+    PM_TRY(activate(ctx, g, e, t));
     if (!e.shared && d->drow_weight) {
-        PM_TRY(pm_dense_run<T, T>(ctx, down_product(g, e, h, m.down, out), &scratch));
+        PM_TRY(pm_dense_run<T, T>(ctx, down_product(g, e, t.h, m.down, out), &scratch));
         PM_RUN(ctx, dot_kernel<T>, pm_blocks(e.rows, 256), 256, 0, e.rows, D, e.token,
                static_cast<const T *>(d->dy), out, d->drow_weight + e.first);
     }
-    pm_dense p = {}; // dpre = (w dy) down * gelu'(pre)
+    pm_dense p = {}; // (w dy) down, of which dpre is made: gelu'(pre) by the product itself
     p.rows = e.rows, p.columns = e.width, p.depth = D;
     p.a = dy;
     p.b = m.down;
-    p.c = dpre;
-    p.epilogue = PM_EPILOGUE_DGELU;
-    p.pre = pre;
+    p.c = dpre[0];
+    p.epilogue = halves == 2 ? PM_EPILOGUE_NONE : PM_EPILOGUE_DGELU;
+    p.pre = t.pre[0];
     PM_TRY(pm_dense_run<T, T>(ctx, p, &scratch));
-    if (d->dx) {
-        pm_dense q = {}; // dpre up
-        q.rows = e.rows, q.columns = D, q.depth = e.width;
-        q.a = dpre;
-        q.b = m.up;
-        q.c = out;
-        PM_TRY(pm_dense_run<T, T>(ctx, q, &scratch));
-        PM_TRY(scatter<T>(ctx, e, D, nullptr, out, dx));
+    if (halves == 2)
+        PM_RUN(ctx, dswiglu_kernel<T>, pm_blocks(hidden_count, 256), 256, 0, hidden_count, t.pre[0],
+               t.pre[1], dpre[0], dpre[0], dpre[1]);
+    for (int half = 0; half < halves; half++) {
+        const int64_t before = halves * e.before + half * e.width;
+        if (d->dx) {
+            pm_dense q = {}; // dpre up
+            q.rows = e.rows, q.columns = D, q.depth = e.width;
+            q.a = dpre[half];
+            q.b = m.up[half];
+            q.c = out;
+            PM_TRY(pm_dense_run<T, T>(ctx, q, &scratch));
+            PM_TRY(scatter<T>(ctx, e, D, nullptr, out, dx));
+        }
+        PM_TRY(weight_product<T>(ctx, e.rows, e.width, D, dpre[half], x,
+                                 d->dup ? d->dup + before * D : nullptr,
+                                 d->dup_bias ? d->dup_bias + before : nullptr, &scratch));
     }
-    PM_TRY(weight_product<T>(ctx, e.rows, e.width, D, dpre, x,
-                             d->dup ? d->dup + e.before * D : nullptr,
-                             d->dup_bias ? d->dup_bias + e.before : nullptr, &scratch));
-    return weight_product<T>(ctx, e.rows, D, e.width, dy, h,
+    return weight_product<T>(ctx, e.rows, D, e.width, dy, t.h,
                              d->ddown ? d->ddown + e.before * D : nullptr,
                              d->ddown_bias ? d->ddown_bias + e.index * D : nullptr, &scratch);
 }
@@ -262,12 +332,15 @@ pm_status clear(pm_ctx *ctx, float *to, int64_t count)
 // Room for the largest group that there can be.
 template <class T> size_t pm_experts_loop_room(const pm_experts_args *g)
 {
-    const int64_t rows = std::max(g->R, g->N), width = std::max(g->W, g->Z),
+    const int halves = halves_of(g);
+    const int64_t rows = std::max(g->R, g->N), width = std::max(g->W, g->Z) / halves,
                   longest = std::max(std::max(rows, width), g->D);
-    return pm_room(g->N * g->D, sizeof(float)) + 2 * pm_room(width * g->D, sizeof(T)) +
-           3 * pm_room(rows * g->D, sizeof(T)) + 3 * pm_room(rows * width, sizeof(T)) +
+    return pm_room(g->N * g->D, sizeof(float)) + (1 + halves) * pm_room(width * g->D, sizeof(T)) +
+           3 * pm_room(rows * g->D, sizeof(T)) +
+           (2 * halves + 1) * pm_room(rows * width, sizeof(T)) +
            // what the products ask for: a bias, or sums and their parts, each
-           6 * (pm_room(longest, sizeof(float)) + pm_column_sums_room(rows, std::max(width, g->D)));
+           (4 + 2 * halves) *
+               (pm_room(longest, sizeof(float)) + pm_column_sums_room(rows, std::max(width, g->D)));
 }
 
 template <class T>

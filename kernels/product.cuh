@@ -85,11 +85,13 @@ template <class S, bool A_MINOR, bool B_MINOR> constexpr size_t pm_product_share
 
 // ---------------------------------------------------------------- operands
 
-// Line i begins at `at` + (index ? index[i] : i) * ld.
+// Line i begins at `at` + (index ? index[i] : i) * ld. In pairs (pm_loader) its partner begins
+// `partner` numbers behind it.
 template <class T> struct pm_lines {
     const T *at;
     int64_t ld;
     const int32_t *index;
+    int64_t partner = 0;
 };
 
 template <class T> PM_DEVICE bool pm_aligned(const T *p, int64_t ld)
@@ -97,10 +99,15 @@ template <class T> PM_DEVICE bool pm_aligned(const T *p, int64_t ld)
     return ((reinterpret_cast<uintptr_t>(p) | (uintptr_t)(ld * (int64_t)sizeof(T))) & 15) == 0;
 }
 
-// What a thread copies of an operand. extent: rows of a, or columns of b, that are there.
-template <class S, int EXTENT, bool MINOR> struct pm_loader {
+// What a thread copies of an operand. extent: rows of a, or columns of b, that are there. PAIRED:
+// lines of two matrices side by side, the first half of EXTENT lines 0, 1, .. and the second half
+// their partners; extent counts pairs.
+template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader {
     using T = typename S::T;
     using stage = pm_stage<S, EXTENT, MINOR>;
+    static constexpr int PAIRS = EXTENT / 2;
+    static_assert(!PAIRED || (!MINOR && PAIRS % stage::APART == 0),
+                  "which half a copy is of does not depend on the thread");
     pm_lines<T> lines;
     bool aligned;
     int extent, depth;
@@ -112,6 +119,10 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
     {
         return (int)threadIdx.x / stage::ACROSS + i * stage::APART;
     }
+    static constexpr __device__ bool is_partner(int i)
+    {
+        return PAIRED && i * stage::APART >= PAIRS;
+    }
     static __device__ __forceinline__ int column_of(int j)
     {
         return ((int)threadIdx.x % stage::ACROSS + j * stage::ACROSS) * S::VECTOR;
@@ -120,7 +131,7 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
     {
 #pragma unroll
         for (int i = 0; i < stage::ROWS; i++) {
-            const int line = first + line_of(i);
+            const int line = first + line_of(i) - (is_partner(i) ? PAIRS : 0);
             row[i] = -1;
             if (line < end)
                 row[i] = lines.index ? lines.index[line] : line;
@@ -130,7 +141,7 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
     {
         lines = of;
         extent = extent_, depth = depth_;
-        aligned = pm_aligned(of.at, of.ld);
+        aligned = pm_aligned(of.at, of.ld) && pm_aligned(of.at, of.partner);
         look(0, MINOR ? depth : extent);
     }
     // Step k0 .. k0 + BK - 1 of the depth.
@@ -144,7 +155,8 @@ template <class S, int EXTENT, bool MINOR> struct pm_loader {
 #pragma unroll
             for (int i = 0; i < stage::ROWS; i++) {
                 const int left = row[i] < 0 ? 0 : least;
-                const T *const from = lines.at + row[i] * lines.ld + (MINOR ? 0 : k0) + column;
+                const T *const from = lines.at + (is_partner(i) ? lines.partner : 0) +
+                                      row[i] * lines.ld + (MINOR ? 0 : k0) + column;
                 T *const place = to + line_of(i) * stage::LD + column;
                 if (aligned) {
                     cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
@@ -309,8 +321,9 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
 // The tile, in shared memory, for the whole block (a barrier has passed), with one float per chunk
 // (BM x CHUNKS) behind it that is free to use. segments: count(), and for each depth(i), a(i),
 // b(i): pm_lines from the tile's first row and column on. rows, columns: how many of the tile's
-// there are.
-template <class S, bool A_MINOR, bool B_MINOR, class Segments>
+// there are. B_PAIRED: b's columns are lines and their partners (pm_loader), and columns counts
+// pairs.
+template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED = false, class Segments>
 PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int rows, int columns)
 {
     using T = typename S::T;
@@ -319,7 +332,7 @@ PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int
     T *const a_stages = reinterpret_cast<T *>(shared);
     T *const b_stages = a_stages + S::STAGES * sa::NUMBERS;
     pm_loader<S, S::BM, A_MINOR> a;
-    pm_loader<S, S::BN, B_MINOR> b;
+    pm_loader<S, S::BN, B_MINOR, B_PAIRED> b;
     int steps = 0;
     for (int i = 0; i < segments.count(); i++)
         steps += (segments.depth(i) + S::BK - 1) / S::BK;
@@ -384,11 +397,12 @@ PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int
 
 // ---------------------------------------------------------------- 8 neighbours at a time
 
-// v = to 8 numbers of a tile's row. A quarter of a warp reads 16 bytes a lane at once: every other
-// group of four lanes begins with its second half, so that all banks are used.
-PM_DEVICE void pm_tile_read(const float *from, int chunk, float (&v)[8])
+// v = to 8 numbers of a tile's row, those of chunk i of all that the block reads. A quarter of a
+// warp reads 16 bytes a lane at once: every other group of four lanes begins with its second half,
+// so that all banks are used.
+PM_DEVICE void pm_tile_read(const float *from, int i, float (&v)[8])
 {
-    const int flip = chunk / 4 % 2 * 4;
+    const int flip = i / 4 % 2 * 4;
     const pm_pack<float> p = *reinterpret_cast<const pm_pack<float> *>(from + flip);
     const pm_pack<float> q = *reinterpret_cast<const pm_pack<float> *>(from + 4 - flip);
 #pragma unroll

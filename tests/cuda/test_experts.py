@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(not LIBRARY, reason="looks into the library of c
 TOLERANCE = {"fp32": 2e-6, "tf32": 3e-3, "bf16": 2e-2}
 CASES = ("promoe", "top3", "two_shared", "dense", "widths", "no_width", "empty_groups", "no_rows", "some_without",
          "some_without_no_shared", "rows_as_many_as_tokens", "room_for_one_row_each", "padded", "one_token",
-         "full_tiles", "full_tiles_top2", "many_blocks")
+         "full_tiles", "full_tiles_top2", "many_blocks", "no_biases", "swiglu", "swiglu_biases", "swiglu_dense",
+         "swiglu_no_width", "swiglu_some_without", "swiglu_padded", "swiglu_full_tiles", "swiglu_full_tiles_top2",
+         "swiglu_D7", "swiglu_D33")
 
 
 def run(case, compute, inputs=None):
@@ -80,11 +82,15 @@ def test_tf32_is_not_fp32():
 
 
 @pytest.mark.parametrize("compute, case, kernel", [
-    ("bf16", "full_tiles", "up_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, __nv_bfloat16>"),
+    ("bf16", "full_tiles", "up_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, 1, __nv_bfloat16>"),
+    ("bf16", "swiglu_full_tiles", "up_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, 2, __nv_bfloat16>"),
+    ("bf16", "swiglu_full_tiles", "hidden_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 32, 4, 2, 2, 2>, 2, __nv_bfloat16>"),
     ("bf16", "full_tiles_top2", "out_kernel<pm_shape<__nv_bfloat16, true, 128, 128, 64, 3, 2, 4, 1>, false, __nv_bfloat16>"),
     ("bf16", "full_tiles", "weights_kernel<pm_shape<__nv_bfloat16, true, 128, 192, 64, 3, 2, 4, 1>, __nv_bfloat16>"),
-    ("tf32", "full_tiles", "up_kernel<pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>, float>"),
-    ("fp32", "full_tiles", "up_kernel<pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>, float>")])
+    ("tf32", "full_tiles", "up_kernel<pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>, 1, float>"),
+    ("tf32", "swiglu_full_tiles", "up_kernel<pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>, 2, float>"),
+    ("fp32", "full_tiles", "up_kernel<pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>, 1, float>"),
+    ("fp32", "swiglu_full_tiles", "up_kernel<pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>, 2, float>")])
 def test_the_large_shapes_ran(compute, case, kernel):
     before = launches(kernel)
     run(case, compute)
@@ -122,10 +128,16 @@ class Weight(ctypes.Structure):
 
 class Arguments(ctypes.Structure):
     """pm_experts_args"""
-    DIMS = "N D G S F R W Z".split()
+    DIMS = "N D G S F P R W Z".split()
     _fields_ = [*((name, ctypes.c_int64) for name in DIMS),
                 *((name, Weight if name in ("up", "down") else ctypes.c_void_p) for name in
-                  "x row_off row_token row_weight tok_off tok_row foff up up_bias down down_bias y pre pre_shared".split())]
+                  "x row_off row_token row_weight tok_off tok_row foff up up_bias down down_bias y pre pre_shared".split()),
+                ("activation", ctypes.c_int)]
+
+
+class Gradients(ctypes.Structure):
+    """pm_experts_grads"""
+    _fields_ = [(name, ctypes.c_void_p) for name in "dx drow_weight dup dup_bias ddown ddown_bias dy".split()]
 
 
 class Op(ctypes.Structure):
@@ -172,35 +184,50 @@ class Backend:
         return memory
 
 
-@pytest.mark.parametrize("case", ["widths", "promoe", "full_tiles_top2"])
+def bf16(array):
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def twins(backend, weights, shapes):
+    """The matrices of up or down, one after another, with twins that the backend made."""
+    whole = backend.put(weights)
+    sizes = [backend.derived_bytes(ctypes.c_int64(f), ctypes.c_int64(d)) for f, d in shapes]
+    derived = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(sum(sizes))))
+    for i, (f, d) in enumerate(shapes):
+        one = ctypes.c_void_p(whole.value + 4 * sum(f * d for f, d in shapes[:i]))
+        twin = ctypes.c_void_p(derived.value + sum(sizes[:i]))
+        assert backend.derive(ctypes.c_int64(f), ctypes.c_int64(d), one, twin) == 0
+    return Weight(whole, derived)
+
+
+@pytest.mark.parametrize("case", ["widths", "promoe", "full_tiles_top2", "swiglu_biases", "swiglu",
+                                  "swiglu_full_tiles_top2"])
 def test_derived_twins_begin_at_multiples_of_64_bytes(case):
+    """y and dx by them have the bits that matrices one after another lead to."""
     backend, inputs = Backend(), make("experts", case)
     N, D = inputs["x"].shape
-    foff = inputs["foff"]
-    groups = len(foff) - 1
-    G = len(inputs["row_off"]) - 1
-    twins = {}
-    for name in ("up", "down"):
-        whole = backend.put(inputs[name])
-        shapes = [(int(foff[g + 1] - foff[g]), D) for g in range(groups)]
-        sizes = [backend.derived_bytes(ctypes.c_int64(f), ctypes.c_int64(d)) for f, d in shapes]
-        derived = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(sum(sizes))))
-        for g, (f, d) in enumerate(shapes):
-            one = ctypes.c_void_p(whole.value + 4 * int(foff[g]) * D)
-            twin = ctypes.c_void_p(derived.value + sum(sizes[:g]))
-            assert backend.derive(ctypes.c_int64(f), ctypes.c_int64(d), one, twin) == 0
-        twins[name] = Weight(whole, derived)
-    bits = np.ascontiguousarray(inputs["x"]).view(np.uint32)
-    x = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    y = backend.put(np.zeros((N, D), np.uint16))
-    arguments = Arguments(N, D, G, groups - G, foff[-1], len(inputs["row_token"]), inputs["W"], inputs["Z"],
-                          x=backend.put(x), y=y, **twins,
+    widths = np.diff(inputs["foff"]).tolist()
+    G, gated = len(inputs["row_off"]) - 1, inputs.get("activation") == "swiglu"
+    outs = ops.experts_forward(**inputs, device=DEVICE, compute="bf16")
+    dy = np.random.default_rng(1).standard_normal((N, D)).astype(np.float32)
+    expected = outs["y"], ops.experts_backward(**inputs, **outs, dy=dy, device=DEVICE, compute="bf16")["dx"]
+
+    up = [(f, D) for f in widths for _ in range(1 + gated)]
+    arguments = Arguments(N, D, G, len(widths) - G, sum(widths), len(inputs["up"]), len(inputs["row_token"]),
+                          inputs["W"], inputs["Z"], activation=gated, x=backend.put(bf16(inputs["x"])),
+                          y=backend.put(np.zeros((N, D), np.uint16)),
+                          up=twins(backend, inputs["up"], up),
+                          down=twins(backend, inputs["down"], [(D, f) for f in widths]),
+                          **{name: backend.put(bf16(outs[name])) for name in ("pre", "pre_shared")},
                           **{name: backend.put(inputs[name]) for name, _ in Arguments._fields_
-                             if name in inputs and name not in ("x", "up", "down", "W", "Z")})
-    size = backend.workspace(ctypes.byref(arguments), ctypes.c_bool(False))
-    scratch = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(size)))
+                             if name in inputs and name not in ("x", "up", "down", "W", "Z", "activation")})
+    gradients = Gradients(dx=backend.put(np.zeros((N, D), np.uint16)), dy=backend.put(bf16(dy)))
+    scratch = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(max(
+        backend.workspace(ctypes.byref(arguments), ctypes.c_bool(backward)) for backward in (False, True)))))
     assert backend.forward(ctypes.byref(arguments), scratch) == 0
-    got = np.zeros((N, D), np.uint16)
-    assert backend.read(got.ctypes.data_as(ctypes.c_void_p), y, ctypes.c_size_t(got.nbytes)) == 0
-    without = ops.experts_forward(**inputs, device=DEVICE, compute="bf16")["y"]
-    np.testing.assert_array_equal((got.astype(np.uint32) << 16).view(np.float32), without)
+    assert backend.backward(ctypes.byref(arguments), ctypes.byref(gradients), scratch) == 0
+    for place, truth in zip((arguments.y, gradients.dx), expected, strict=True):
+        got = np.zeros((N, D), np.uint16)
+        assert backend.read(got.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(place), ctypes.c_size_t(got.nbytes)) == 0
+        np.testing.assert_array_equal((got.astype(np.uint32) << 16).view(np.float32), truth)
