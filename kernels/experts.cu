@@ -40,10 +40,10 @@
 // 8 D per row for the rows in scratch (written and read as floats), each time.
 //
 // Order of sums: along K upwards, a row's own group before the shared ones. Gradients of matrices:
-// chunks of a group's rows, in order. Biases: the rows of a slot in as many runs as a block has
-// threads for (dup_bias: 8 or 16; ddown_bias: 8), then the slots in 8 runs. drow_weight: chunks of 8 columns, the chunks of a tile,
-// the tiles, then <dy, bias>. All of it depends on dims, the plan and the number of SMs, never on
-// time.
+// chunks of a group's rows, in order. Biases: the rows of a slot in 8 or 16 runs (dup_bias: threads
+// of a block by chunks of a row) or 8 (ddown_bias), then the slots in 8 runs. drow_weight: chunks of
+// 8 columns, the chunks of a tile, the tiles, then <dy, bias>. All of it depends on dims, the plan
+// and the number of SMs, never on time.
 //
 // Indices of the plan are taken as they are: routing_plan, or promoe.ops, has checked them.
 #include "experts.cuh"
@@ -488,9 +488,10 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     const int halves = (int)gridDim.y, half = (int)blockIdx.y;
     const int slot = (int)(gridDim.x / (down * across) - 1 - blockIdx.x / (down * across));
     const place p = find(l, chunk, slot);
-    const int64_t width = width_of(l, p.group), row0 = blockIdx.x / across % down * S::BM,
-                  column0 = blockIdx.x % across * S::BN;
-    const int64_t rows = (up ? width : l.D) - row0, ld = up ? l.D : width, columns = ld - column0;
+    const int row0 = (int)(blockIdx.x / across) % down * S::BM,
+              column0 = (int)(blockIdx.x % across) * S::BN;
+    const int width = width_of(l, p.group), D = (int)l.D;
+    const int rows = (up ? width : D) - row0, ld = up ? D : width, columns = ld - column0;
     if (p.rows <= 0 || rows <= 0 || columns <= 0)
         return;
     const pm_lines<T> of_hidden = {rows_of(hidden, l, p), ld_of(hidden, p), nullptr},
@@ -498,12 +499,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     one_segment<T> product = {up ? of_hidden : of_tokens, up ? of_tokens : of_hidden, p.rows};
     product.a_lines.at += row0 + half * (ld_of(hidden, p) / 2);
     product.b_lines.at += column0;
-    const float *const tile =
-        pm_product<S, true, true>(pm_shared, product, (int)rows, (int)columns);
+    const float *const tile = pm_product<S, true, true>(pm_shared, product, rows, columns);
 
     const bool whole = rows_in(l, p.group) <= chunk;
     float *const out = (whole ? gradient + halves * l.foff[p.group] * l.D : parts + slot * most) +
-                       half * width * l.D + row0 * ld + column0;
+                       half * width * l.D + (int64_t)row0 * ld + column0;
     for (int i = threadIdx.x; i < S::BM * S::CHUNKS; i += S::THREADS) {
         const int row = i / S::CHUNKS, part = i % S::CHUNKS, column = part * 8;
         if (row >= rows || column >= columns)
@@ -511,12 +511,12 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
         float v[8], old[8];
         pm_tile_read(tile + row * S::TILE_LD + column, part, v);
         if (whole) {
-            pm_read8(out + row * ld + column, columns - column, old);
+            pm_read8(out + (int64_t)row * ld + column, columns - column, old);
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 v[e] += old[e];
         }
-        pm_write8(out + row * ld + column, columns - column, v);
+        pm_write8(out + (int64_t)row * ld + column, columns - column, v);
     }
 }
 

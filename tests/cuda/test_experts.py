@@ -2,7 +2,6 @@
 the op's oracle cases do not ask: tf32, derived twins, launches that do not depend on the routing."""
 
 import ctypes
-import os
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,9 +11,9 @@ from promoe import ops
 from tests.ops.common import cast, make, make_upstream
 from tests.oracle import experts as oracle
 
-from .test_ops import DEVICE
+from .common import DEVICE, Backend, Weight, on_the_stand_in, stand_in
 
-LIBRARY = ctypes.CDLL(os.environ["PROMOE_CUDA_ON_CPU"]) if DEVICE == "cuda-on-cpu" else None
+LIBRARY = stand_in() if on_the_stand_in() else None
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="looks into the library of cuda-on-cpu")
 
 # Of the largest value. fp32: two orders of summation. tf32: operands have 11 bits. bf16: each way rounds its own
@@ -45,7 +44,6 @@ def by_loop():
 
 
 def launches(name=None):
-    LIBRARY.pm_host_launches.restype = ctypes.c_long
     return LIBRARY.pm_host_launches(name and name.encode())
 
 
@@ -122,10 +120,6 @@ def test_launches_do_not_depend_on_the_routing():
 # ---------------------------------------------------------------- derived twins
 
 
-class Weight(ctypes.Structure):
-    _fields_ = [("w", ctypes.c_void_p), ("derived", ctypes.c_void_p)]
-
-
 class Arguments(ctypes.Structure):
     """pm_experts_args"""
     DIMS = "N D G S F P R W Z".split()
@@ -138,50 +132,6 @@ class Arguments(ctypes.Structure):
 class Gradients(ctypes.Structure):
     """pm_experts_grads"""
     _fields_ = [(name, ctypes.c_void_p) for name in "dx drow_weight dup dup_bias ddown ddown_bias dy".split()]
-
-
-class Op(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("fields", ctypes.c_char_p), ("args", ctypes.c_size_t),
-                ("grads", ctypes.c_size_t)]
-
-
-class Plugin(ctypes.Structure):
-    """pm_plugin"""
-    _fields_ = [*((name, ctypes.c_size_t) for name in ("version", "context", "backend", "act_bytes_at", "first_op_at",
-                                                       "count")),
-                ("ops", ctypes.POINTER(Op)),
-                ("open", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t))]
-
-
-class Backend:
-    """The bf16 backend, without the extension between: it alone knows where the twins of a model are."""
-
-    MEMORY = "alloc free write read copy zero sync derived_bytes derive".split()
-    RESULT = {"alloc": ctypes.c_void_p, "derived_bytes": ctypes.c_size_t, "workspace": ctypes.c_size_t}
-
-    def __init__(self):
-        LIBRARY.pm_plugin_entry.restype = ctypes.POINTER(Plugin)
-        self.plugin = LIBRARY.pm_plugin_entry()[0]
-        message = ctypes.create_string_buffer(512)
-        self.table = self.plugin.open(1, message, 512)  # PM_BF16
-        assert self.table, message.value
-        self.context = ctypes.create_string_buffer(self.plugin.context)
-        ctypes.c_void_p.from_buffer(self.context).value = self.table
-
-    def __getattr__(self, name):
-        if name in self.MEMORY:
-            at = self.plugin.act_bytes_at + 8 * (1 + self.MEMORY.index(name))
-        else:
-            op = next(i for i in range(self.plugin.count) if self.plugin.ops[i].name == b"experts")
-            at = self.plugin.first_op_at + 24 * op + 8 * ("forward", "backward", "workspace").index(name)
-        address = ctypes.c_void_p.from_address(self.table + at).value
-        kind = ctypes.CFUNCTYPE(self.RESULT.get(name, ctypes.c_int))
-        return lambda *arguments: kind(address)(ctypes.byref(self.context), *arguments)
-
-    def put(self, array):
-        memory = ctypes.c_void_p(self.alloc(ctypes.c_size_t(array.nbytes)))
-        assert self.write(memory, array.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(array.nbytes)) == 0
-        return memory
 
 
 def bf16(array):
@@ -205,7 +155,7 @@ def twins(backend, weights, shapes):
                                   "swiglu_full_tiles_top2"])
 def test_derived_twins_begin_at_multiples_of_64_bytes(case):
     """y and dx by them have the bits that matrices one after another lead to."""
-    backend, inputs = Backend(), make("experts", case)
+    backend, inputs = Backend("experts"), make("experts", case)
     N, D = inputs["x"].shape
     widths = np.diff(inputs["foff"]).tolist()
     G, gated = len(inputs["row_off"]) - 1, inputs.get("activation") == "swiglu"
@@ -223,11 +173,7 @@ def test_derived_twins_begin_at_multiples_of_64_bytes(case):
                           **{name: backend.put(inputs[name]) for name, _ in Arguments._fields_
                              if name in inputs and name not in ("x", "up", "down", "W", "Z", "activation")})
     gradients = Gradients(dx=backend.put(np.zeros((N, D), np.uint16)), dy=backend.put(bf16(dy)))
-    scratch = ctypes.c_void_p(backend.alloc(ctypes.c_size_t(max(
-        backend.workspace(ctypes.byref(arguments), ctypes.c_bool(backward)) for backward in (False, True)))))
-    assert backend.forward(ctypes.byref(arguments), scratch) == 0
-    assert backend.backward(ctypes.byref(arguments), ctypes.byref(gradients), scratch) == 0
+    assert backend.run(arguments) == 0 and backend.run(arguments, gradients) == 0
     for place, truth in zip((arguments.y, gradients.dx), expected, strict=True):
-        got = np.zeros((N, D), np.uint16)
-        assert backend.read(got.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(place), ctypes.c_size_t(got.nbytes)) == 0
+        got = backend.get(place, np.zeros((N, D), np.uint16))
         np.testing.assert_array_equal((got.astype(np.uint32) << 16).view(np.float32), truth)
