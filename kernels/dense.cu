@@ -24,12 +24,13 @@ struct plan {
 struct key {
     int64_t rows, columns, depth;
     int epilogue, compute;
-    bool at, bt, add, bf16_in, bf16_out, vector; // vector: with a bias, or with pre
-    int align_a, align_b, align_c, align_pre;
+    bool at, bt, add, bf16_in, bf16_out;
+    int align_a, align_b, align_c, align_pre,
+        align_bias; // of a bias, or of sums: 0 when there is none
     auto all() const
     {
         return std::tie(rows, columns, depth, epilogue, compute, at, bt, add, bf16_in, bf16_out,
-                        vector, align_a, align_b, align_c, align_pre);
+                        align_a, align_b, align_c, align_pre, align_bias);
     }
     bool operator<(const key &other) const { return all() < other.all(); }
 };
@@ -179,11 +180,11 @@ pm_status find_plan(pm_ctx *ctx, const pm_dense &d, const void *bias, const plan
                    d.add,
                    std::is_same<T, bf16>::value,
                    std::is_same<C, bf16>::value,
-                   bias != nullptr,
                    alignment(d.a),
                    alignment(d.b),
                    alignment(d.c),
-                   alignment(d.pre)};
+                   alignment(d.pre),
+                   bias ? alignment(bias) : 0};
     const auto known = plans.find(k);
     if (known != plans.end()) {
         *out = &known->second;
@@ -215,7 +216,8 @@ pm_status try_blas(pm_ctx *ctx, const pm_dense &d, const void *bias, bool *done)
 // ---------------------------------------------------------------- what stands in
 
 // One 32 x 32 tile of c per block of 256 threads, 2 x 2 of it per thread; the depth in steps of 16.
-// grid: (tiles of columns) * (tiles of rows). Every element is read once per tile of the other side.
+// grid: (tiles of columns) * (tiles of rows). Every element is read once per tile of the other
+// side.
 template <class T, class C>
 __global__ void __launch_bounds__(256)
     product_kernel(int64_t rows, int64_t columns, int64_t depth, const T *__restrict__ a, bool at,

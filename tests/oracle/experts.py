@@ -124,11 +124,11 @@ def weights(rng, N, D, widths, activation="gelu_tanh", biases=True):
     return made if biases else {name: value for name, value in made.items() if "bias" not in name}
 
 
-def case(N, D, routed, shared=(), A=1, choose=None, spare=0, pad=0, activation="gelu_tanh", biases=True):
+def case(N, D, routed, shared=(), A=1, choose=None, spare=0, R=None, pad=0, activation="gelu_tanh", biases=True):
     """A case: N tokens of D, plan groups and shared groups of the given widths, A choices per token.
 
     choose(rng, N, A, G) gives the choices (uniform, without an empty slot, when None); spare rows beyond
-    those in use; W and Z wider than the widest group by pad."""
+    those in use, or R in all; W and Z wider than the widest group by pad."""
     def make(rng):
         G, inputs = len(routed), weights(rng, N, D, [*routed, *shared], activation, biases)
         halves = 1 + (activation == "swiglu")
@@ -139,8 +139,13 @@ def case(N, D, routed, shared=(), A=1, choose=None, spare=0, pad=0, activation="
         if choose:
             choice = np.asarray(choose(rng, N, A, G), np.int32).reshape(N, A)
         used = sum(len(set(c) - {-1}) for c in choice)
-        return inputs | plan(choice, rng.standard_normal((N, A)).astype(np.float32), G, used + spare)
+        return inputs | plan(choice, rng.standard_normal((N, A)).astype(np.float32), G, R or used + spare)
     return make
+
+
+def floor(inputs):
+    """tests/ops/test_experts.py says why."""
+    return 8.0
 
 
 def some_without(rng, N, A, G):
@@ -148,6 +153,14 @@ def some_without(rng, N, A, G):
     choice = np.array([rng.permutation(G)[:A] for _ in range(N)])
     choice[rng.random((N, A)) < 0.3] = -1
     choice[rng.permutation(N)[:N // 3]] = -1
+    return choice
+
+
+def none_to_two(rng, N, A, G):
+    """Two rows, none and one, in turn: as many rows as tokens."""
+    choice = np.array([rng.permutation(G)[:2] for _ in range(N)])
+    choice[np.arange(N) % 3 > 0, 0] = -1
+    choice[np.arange(N) % 3 == 1, 1] = -1
     return choice
 
 
@@ -182,7 +195,11 @@ CASES = {
     "slices": case(25, 200, (400, 17), (210,)),
     "wide": case(6, 400, (20, 5), (7,)),
     "blocks": case(500, 40, (80,) * 4, (60,), A=2),
-    "many_blocks": case(700, 5, (6, 7), (8,), choose=skewed),
+    "rows_as_many_as_tokens": case(45, 16, (16,) * 3, (20,), A=2, choose=none_to_two),
+    "room_for_one_row_each": case(40, 16, (16,) * 3, (20,), choose=some_without, R=40),
+    "full_tiles": case(800, 136, (128, 120), (112,)),
+    "full_tiles_top2": case(200, 101, (150, 97, 33), (97, 130), A=2),
+    "many_blocks": case(900, 5, (6, 7), (8,), choose=skewed),
 }
 CASES |= {f"D{D}": case(13, D, (2 * D, D + 3), (D,), A=1 + D % 2) for D in range(1, 34)}
 # With a gate: bias-free, as DiT-MoE and Nucleus have it, and with biases.
@@ -197,6 +214,8 @@ GATED = {
     "swiglu_padded": case(30, 10, (14, 6), (9, 5), pad=7, spare=5, activation="swiglu"),
     "swiglu_blocks": case(500, 40, (80,) * 4, (60,), A=2, activation="swiglu", biases=False),
     "swiglu_slices": case(25, 200, (400, 17), (210,), activation="swiglu", biases=False),
+    "swiglu_full_tiles": case(800, 136, (128, 120), (112,), activation="swiglu", biases=False),
+    "swiglu_full_tiles_top2": case(200, 101, (150, 97, 33), (97, 130), A=2, activation="swiglu"),
     "swiglu_one": case(1, 1, (1,), (1,), activation="swiglu", biases=False),
     "swiglu_no_token": case(0, 8, (16,) * 3, (16,), activation="swiglu", biases=False),
 }

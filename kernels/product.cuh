@@ -1,0 +1,452 @@
+// product.cuh: one tile of a product of matrices, for kernels that choose their own rows: gathered
+// by an index, of several matrices one after another, of a group found on the device.
+//
+//   c (BM x BN) = sum over segments of a b,   a: rows x depth, b: depth x columns
+//
+// A block computes one tile. Its warps have WM x WN of it each, in registers, and step through the
+// depth, BK at a time, while cp.async fetches STAGES - 1 steps ahead into shared memory. Then the
+// sums go to shared memory as floats, row by row (pm_tile): what follows (biases, activations, sums
+// over rows or columns) is written once, with 8 neighbours of a row per thread, whatever
+// multiplied.
+//
+// What multiplies depends on the shape (pm_shape): bf16 by mma.m16n8k16, float by mma.m16n8k8 of
+// tf32, or float by FMA. All run over the depth upwards, and a step's zeros beyond the end of a
+// segment add nothing, so an element's bits depend neither on the size of the tile nor on its
+// place.
+//
+// Memory. An operand is lines of consecutive numbers: along the depth (a row of a, a column of b),
+// or across it (MINOR: a line is one k). 16 bytes travel at a time, 8 lanes or more to a line,
+// where the line's start allows it; other widths go number by number, which is slow and right. What
+// is beyond the end of a line, or of the lines, is filled with zeros.
+//
+// Shared memory has no bank conflicts: a line is padded by 16 bytes, which makes it an odd number
+// of 16-byte units for bf16 (72, 40, 136, 200 numbers): the 8 rows of an ldmatrix are then in 8
+// different units of 128 bytes. Floats along the depth: 36 or 20 to a line, and 4 g + t or 20 g + t
+// (g < 8, t < 4) are 32 different banks; across it: 8 more than a multiple of 32, and 8 t + g are.
+#pragma once
+#include "common.cuh"
+
+// Declared here, for all: in a function of an unnamed namespace it would be another one.
+extern __shared__ __align__(16) unsigned char pm_shared[];
+
+// ---------------------------------------------------------------- shapes
+
+template <class T_, bool TENSOR_, int BM_, int BN_, int BK_, int STAGES_, int WARPS_M_,
+          int WARPS_N_, int BLOCKS_>
+struct pm_shape {
+    using T = T_;
+    static constexpr bool TENSOR = TENSOR_; // false: FMA
+    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
+    static constexpr int WARPS_N = WARPS_N_, THREADS = 32 * WARPS_M_ * WARPS_N_;
+    static constexpr int BLOCKS = BLOCKS_; // of an SM at a time, for __launch_bounds__
+    static constexpr int WM = BM / WARPS_M_, WN = BN / WARPS_N_; // of a warp
+    static constexpr int VECTOR = 16 / sizeof(T);
+    // Per thread: tiles of an mma (16 x 8), or single sums: the lanes are 4 x 8, and a has TM rows
+    // of each, b TN columns.
+    static constexpr int MI = WM / 16, NJ = WN / 8, TM = WM / 4, TN = WN / 8;
+    static constexpr int TILE_LD = BN + 8; // 8 g + 2 t: no conflicts when a warp stores its sums
+    static constexpr int CHUNKS = BN / 8;  // of a row of the tile, 8 numbers each
+
+    static_assert(TENSOR || std::is_same<T, float>::value, "bf16 is multiplied by mma");
+    static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % 16 == 0, "whole fragments");
+};
+
+constexpr int pm_gcd(int a, int b) { return b ? pm_gcd(b, a % b) : a; }
+
+// Lines of an operand in shared memory. EXTENT: BM or BN.
+template <class S, int EXTENT, bool MINOR> struct pm_stage {
+    static constexpr int LINES = MINOR ? S::BK : EXTENT, LENGTH = MINOR ? EXTENT : S::BK;
+    static constexpr int LD = LENGTH +
+                              (std::is_same<typename S::T, float>::value ? (MINOR ? 8 : 4) : 8);
+    static constexpr int NUMBERS = LINES * LD;
+    // Copies, of 16 bytes: ACROSS threads have neighbouring ones of a line, and so take ROWS lines,
+    // ROUNDS times each. All that is a constant beyond the first place.
+    static constexpr int CHUNKS = LENGTH / S::VECTOR, ACROSS = pm_gcd(CHUNKS, S::THREADS);
+    static constexpr int ROUNDS = CHUNKS / ACROSS, APART = S::THREADS / ACROSS;
+    static constexpr int ROWS = LINES / APART;
+    static_assert(LINES % APART == 0, "every thread copies the same number of times");
+
+    // Where number (i of the extent, k) is.
+    static __device__ __forceinline__ int at(int i, int k)
+    {
+        return MINOR ? k * LD + i : i * LD + k;
+    }
+};
+
+// Bytes of dynamic shared memory: the stages, and afterwards the tile with one float per chunk.
+template <class S, bool A_MINOR, bool B_MINOR> constexpr size_t pm_product_shared()
+{
+    const size_t stages =
+        S::STAGES * sizeof(typename S::T) *
+        (pm_stage<S, S::BM, A_MINOR>::NUMBERS + pm_stage<S, S::BN, B_MINOR>::NUMBERS);
+    const size_t tile = sizeof(float) * S::BM * (S::TILE_LD + S::CHUNKS);
+    return stages > tile ? stages : tile;
+}
+
+// ---------------------------------------------------------------- operands
+
+// Line i begins at `at` + (index ? index[i] : i) * ld. In pairs (pm_loader) its partner begins
+// `partner` numbers behind it.
+template <class T> struct pm_lines {
+    const T *at;
+    int64_t ld;
+    const int32_t *index;
+    int64_t partner = 0;
+};
+
+template <class T> PM_DEVICE bool pm_aligned(const T *p, int64_t ld)
+{
+    return ((reinterpret_cast<uintptr_t>(p) | (uintptr_t)(ld * (int64_t)sizeof(T))) & 15) == 0;
+}
+
+// What a thread copies of an operand. extent: rows of a, or columns of b, that are there. PAIRED:
+// lines of two matrices side by side, the first half of EXTENT lines 0, 1, .. and the second half
+// their partners; extent counts pairs.
+template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader {
+    using T = typename S::T;
+    using stage = pm_stage<S, EXTENT, MINOR>;
+    static constexpr int PAIRS = EXTENT / 2;
+    static_assert(!PAIRED || (!MINOR && PAIRS % stage::APART == 0),
+                  "which half a copy is of does not depend on the thread");
+    pm_lines<T> lines;
+    bool aligned;
+    int extent, depth;
+    // What lines the thread has: of all steps, or (MINOR) of the next one, read a step early
+    // because the copy needs it at once. -1: none.
+    int32_t row[stage::ROWS];
+
+    static __device__ __forceinline__ int line_of(int i)
+    {
+        return (int)threadIdx.x / stage::ACROSS + i * stage::APART;
+    }
+    static constexpr __device__ bool is_partner(int i)
+    {
+        return PAIRED && i * stage::APART >= PAIRS;
+    }
+    static __device__ __forceinline__ int column_of(int j)
+    {
+        return ((int)threadIdx.x % stage::ACROSS + j * stage::ACROSS) * S::VECTOR;
+    }
+    __device__ __forceinline__ void look(int first, int end)
+    {
+#pragma unroll
+        for (int i = 0; i < stage::ROWS; i++) {
+            const int line = first + line_of(i) - (is_partner(i) ? PAIRS : 0);
+            row[i] = -1;
+            if (line < end)
+                row[i] = lines.index ? lines.index[line] : line;
+        }
+    }
+    __device__ __forceinline__ void begin(const pm_lines<T> &of, int extent_, int depth_)
+    {
+        lines = of;
+        extent = extent_, depth = depth_;
+        aligned = pm_aligned(of.at, of.ld) && pm_aligned(of.at, of.partner);
+        look(0, MINOR ? depth : extent);
+    }
+    // Step k0 .. k0 + BK - 1 of the depth.
+    __device__ __forceinline__ void fetch(T *to, int k0)
+    {
+#pragma unroll
+        for (int j = 0; j < stage::ROUNDS; j++) {
+            const int column = column_of(j);
+            const int there = (MINOR ? extent : depth - k0) - column;
+            const int least = there < 0 ? 0 : there > S::VECTOR ? S::VECTOR : there;
+#pragma unroll
+            for (int i = 0; i < stage::ROWS; i++) {
+                const int left = row[i] < 0 ? 0 : least;
+                const T *const from = lines.at + (is_partner(i) ? lines.partner : 0) +
+                                      row[i] * lines.ld + (MINOR ? 0 : k0) + column;
+                T *const place = to + line_of(i) * stage::LD + column;
+                if (aligned) {
+                    cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
+                } else {
+#pragma unroll 1 // one at a time: registers are for the other way
+                    for (int e = 0; e < S::VECTOR; e++)
+                        place[e] = e < left ? from[e] : pm_to<T>(0.0f);
+                }
+            }
+        }
+        if (MINOR)
+            look(k0 + S::BK, depth);
+    }
+};
+
+// ---------------------------------------------------------------- sums in registers
+
+template <class S, bool A_MINOR, bool B_MINOR, class = void> struct pm_sums; // FMA, then mma
+
+template <class S, bool A_MINOR, bool B_MINOR>
+struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<!S::TENSOR>> {
+    using sa = pm_stage<S, S::BM, A_MINOR>;
+    using sb = pm_stage<S, S::BN, B_MINOR>;
+    float d[S::TM][S::TN] = {};
+    static_assert(S::TM % 4 == 0 && S::TN % 4 == 0, "16 bytes at a time");
+
+    // The i-th row (column) of a lane's share, LANES apart: the lanes read neighbours.
+    template <bool MINOR, int LANES> static __device__ __forceinline__ int place(int lane, int i)
+    {
+        return MINOR ? 4 * (lane + i / 4 * LANES) + i % 4 : lane + i * LANES;
+    }
+    // x[k][i] for four k: 16 bytes along whatever is contiguous.
+    template <class ST, bool MINOR, int COUNT, int LANES>
+    static __device__ __forceinline__ void load(float (&x)[4][COUNT], const float *from, int base,
+                                                int lane, int k)
+    {
+#pragma unroll
+        for (int i = 0; i < (MINOR ? COUNT / 4 : COUNT); i++)
+#pragma unroll
+            for (int j = 0; j < (MINOR ? 4 : 1); j++) {
+                const pm_pack<float> pack = *reinterpret_cast<const pm_pack<float> *>(
+                    from + ST::at(base + place<MINOR, LANES>(lane, MINOR ? 4 * i : i), k + j));
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    x[MINOR ? j : e][MINOR ? 4 * i + e : i] = pack.v[e];
+            }
+    }
+    static constexpr int K = 4;
+    struct fragments {
+        float x[K][S::TM], y[K][S::TN];
+    };
+    __device__ __forceinline__ void load(fragments &f, const float *a, const float *b, int k) const
+    {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        load<sa, A_MINOR, S::TM, 4>(f.x, a, warp / S::WARPS_N * S::WM, lane / 8, k);
+        load<sb, B_MINOR, S::TN, 8>(f.y, b, warp % S::WARPS_N * S::WN, lane % 8, k);
+    }
+    __device__ __forceinline__ void multiply(const fragments &f)
+    {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+#pragma unroll
+            for (int i = 0; i < S::TM; i++)
+#pragma unroll
+                for (int j = 0; j < S::TN; j++)
+                    d[i][j] = fmaf(f.x[k][i], f.y[k][j], d[i][j]);
+    }
+    __device__ __forceinline__ void store(float *tile) const
+    {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int row = warp / S::WARPS_N * S::WM, column = warp % S::WARPS_N * S::WN;
+#pragma unroll
+        for (int i = 0; i < S::TM; i++)
+#pragma unroll
+            for (int j = 0; j < S::TN; j++)
+                tile[(row + place<A_MINOR, 4>(lane / 8, i)) * S::TILE_LD + column +
+                     place<B_MINOR, 8>(lane % 8, j)] = d[i][j];
+    }
+};
+
+template <class S, bool A_MINOR, bool B_MINOR>
+struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
+    using T = typename S::T;
+    using sa = pm_stage<S, S::BM, A_MINOR>;
+    using sb = pm_stage<S, S::BN, B_MINOR>;
+    float d[S::MI][S::NJ][4] = {};
+
+    static constexpr int K = std::is_same<T, bf16>::value ? 16 : 8;
+    struct fragments {
+        uint32_t x[S::MI][4], y[S::NJ][2];
+    };
+    __device__ __forceinline__ void load(fragments &f, const T *a, const T *b, int k) const
+    {
+        const int warp = threadIdx.x / 32;
+        load(f, a, b, warp / S::WARPS_N * S::WM, warp % S::WARPS_N * S::WN, k);
+    }
+    // bf16: four 8 x 8 matrices by one ldmatrix. Matrix i is rows i % 2, depth i / 2 of a's 16 x
+    // 16; depth i % 2, columns i / 2 of b's 16 x 16, which is two fragments.
+    static __device__ __forceinline__ void load(fragments &f, const bf16 *a, const bf16 *b, int row,
+                                                int column, int k)
+    {
+        const int lane = threadIdx.x % 32, in = lane % 8, odd = lane / 8 % 2 * 8,
+                  high = lane / 16 * 8;
+#pragma unroll
+        for (int i = 0; i < S::MI; i++) {
+            if (A_MINOR)
+                ldmatrix_x4_trans(f.x[i], a + sa::at(row + i * 16 + odd, k + high + in));
+            else
+                ldmatrix_x4(f.x[i], a + sa::at(row + i * 16 + odd + in, k + high));
+        }
+#pragma unroll
+        for (int j = 0; j < S::NJ; j += 2) {
+            uint32_t two[4];
+            if (B_MINOR)
+                ldmatrix_x4_trans(two, b + sb::at(column + j * 8 + high, k + odd + in));
+            else
+                ldmatrix_x4(two, b + sb::at(column + j * 8 + high + in, k + odd));
+            f.y[j][0] = two[0], f.y[j][1] = two[1], f.y[j + 1][0] = two[2], f.y[j + 1][1] = two[3];
+        }
+    }
+    // tf32: rounded to nearest on the way.
+    static __device__ __forceinline__ void load(fragments &f, const float *a, const float *b,
+                                                int row, int column, int k)
+    {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < S::MI; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                f.x[i][e] = pm_tf32(a[sa::at(row + i * 16 + g + e % 2 * 8, k + t + e / 2 * 4)]);
+#pragma unroll
+        for (int j = 0; j < S::NJ; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                f.y[j][e] = pm_tf32(b[sb::at(column + j * 8 + g, k + t + e * 4)]);
+    }
+    __device__ __forceinline__ void multiply(const fragments &f)
+    {
+        if constexpr (K == 16)
+            mma_m16n8k16(d, f.x, f.y);
+        else
+            mma_m16n8k8_tf32(d, f.x, f.y);
+    }
+    __device__ __forceinline__ void store(float *tile) const
+    {
+        const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const int row = warp / S::WARPS_N * S::WM, column = warp % S::WARPS_N * S::WN;
+#pragma unroll
+        for (int i = 0; i < S::MI; i++)
+#pragma unroll
+            for (int j = 0; j < S::NJ; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    *reinterpret_cast<float2 *>(tile + (row + i * 16 + g + e * 8) * S::TILE_LD +
+                                                column + j * 8 + 2 * t) =
+                        make_float2(d[i][j][2 * e], d[i][j][2 * e + 1]);
+    }
+};
+
+// ---------------------------------------------------------------- the product
+
+// The tile, in shared memory, for the whole block (a barrier has passed), with one float per chunk
+// (BM x CHUNKS) behind it that is free to use. segments: count(), and for each depth(i), a(i),
+// b(i): pm_lines from the tile's first row and column on. rows, columns: how many of the tile's
+// there are. B_PAIRED: b's columns are lines and their partners (pm_loader), and columns counts
+// pairs.
+template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED = false, class Segments>
+PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int rows, int columns)
+{
+    using T = typename S::T;
+    using sa = pm_stage<S, S::BM, A_MINOR>;
+    using sb = pm_stage<S, S::BN, B_MINOR>;
+    T *const a_stages = reinterpret_cast<T *>(shared);
+    T *const b_stages = a_stages + S::STAGES * sa::NUMBERS;
+    pm_loader<S, S::BM, A_MINOR> a;
+    pm_loader<S, S::BN, B_MINOR, B_PAIRED> b;
+    int steps = 0;
+    for (int i = 0; i < segments.count(); i++)
+        steps += (segments.depth(i) + S::BK - 1) / S::BK;
+
+    int segment = -1, k0 = 0, depth = 0, fill = 0; // what is fetched next, and into which stage
+    const auto fetch = [&](bool more) {
+        if (more) {
+            while (k0 >= depth) {
+                depth = segments.depth(++segment);
+                k0 = 0;
+                if (depth > 0) {
+                    a.begin(segments.a(segment), rows, depth);
+                    b.begin(segments.b(segment), columns, depth);
+                }
+            }
+            a.fetch(a_stages + fill * sa::NUMBERS, k0);
+            b.fetch(b_stages + fill * sb::NUMBERS, k0);
+            k0 += S::BK;
+            fill = fill + 1 == S::STAGES ? 0 : fill + 1;
+        }
+        cp_async_commit(); // of nothing at the end, so that the wait below counts the same
+    };
+
+    using sums_of = pm_sums<S, A_MINOR, B_MINOR>;
+    constexpr int PARTS = S::BK / sums_of::K; // of a step
+    static_assert(PARTS % 2 == 0, "a step begins with the first fragments");
+    sums_of sums;
+    typename sums_of::fragments f[2]; // one is multiplied while the other comes from shared memory
+    int use = 0;                      // the stage that is multiplied
+    for (int i = 0; i < S::STAGES - 1; i++)
+        fetch(i < steps);
+    cp_async_wait<S::STAGES - 2>();
+    __syncthreads();
+    if (steps > 0)
+        sums.load(f[0], a_stages, b_stages, 0);
+#pragma unroll 1
+    for (int i = 0; i < steps; i++)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (part + 1 < PARTS) {
+                sums.load(f[(part + 1) % 2], a_stages + use * sa::NUMBERS,
+                          b_stages + use * sb::NUMBERS, (part + 1) * sums_of::K);
+            } else {
+                // The next stage is there for all, and all have read this one: it may be filled.
+                cp_async_wait<S::STAGES - 2>();
+                __syncthreads();
+                use = use + 1 == S::STAGES ? 0 : use + 1;
+                if (i + 1 < steps)
+                    sums.load(f[0], a_stages + use * sa::NUMBERS, b_stages + use * sb::NUMBERS, 0);
+            }
+            if (part == 0)
+                fetch(i + S::STAGES - 1 < steps);
+            sums.multiply(f[part % 2]);
+        }
+    cp_async_wait_all();
+    __syncthreads();
+    float *const tile = reinterpret_cast<float *>(shared);
+    sums.store(tile);
+    __syncthreads();
+    return tile;
+}
+
+// ---------------------------------------------------------------- 8 neighbours at a time
+
+// v = to 8 numbers of a tile's row, those of chunk i of all that the block reads. A quarter of a
+// warp reads 16 bytes a lane at once: every other group of four lanes begins with its second half,
+// so that all banks are used.
+PM_DEVICE void pm_tile_read(const float *from, int i, float (&v)[8])
+{
+    const int flip = i / 4 % 2 * 4;
+    const pm_pack<float> p = *reinterpret_cast<const pm_pack<float> *>(from + flip);
+    const pm_pack<float> q = *reinterpret_cast<const pm_pack<float> *>(from + 4 - flip);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        v[e] = flip ? q.v[e] : p.v[e];
+        v[4 + e] = flip ? p.v[e] : q.v[e];
+    }
+}
+
+// The first `left` of 8 numbers, zeros behind.
+template <class T> PM_DEVICE void pm_read8(const T *from, int64_t left, float (&v)[8])
+{
+    constexpr int SIZE = pm_pack<T>::SIZE;
+    if (left >= 8 && pm_aligned(from, 0)) {
+#pragma unroll
+        for (int i = 0; i < 8; i += SIZE) {
+            const pm_pack<T> pack = *reinterpret_cast<const pm_pack<T> *>(from + i);
+#pragma unroll
+            for (int e = 0; e < SIZE; e++)
+                v[i + e] = pm_float(pack.v[e]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        v[e] = e < left ? pm_float(from[e]) : 0.0f;
+}
+
+template <class T> PM_DEVICE void pm_write8(T *to, int64_t left, const float (&v)[8])
+{
+    constexpr int SIZE = pm_pack<T>::SIZE;
+    if (left >= 8 && pm_aligned(to, 0)) {
+#pragma unroll
+        for (int i = 0; i < 8; i += SIZE) {
+            pm_pack<T> pack;
+#pragma unroll
+            for (int e = 0; e < SIZE; e++)
+                pack.v[e] = pm_to<T>(v[i + e]);
+            *reinterpret_cast<pm_pack<T> *>(to + i) = pack;
+        }
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        if (e < left)
+            to[e] = pm_to<T>(v[e]);
+}
