@@ -100,5 +100,11 @@ CASES = {
     "many small heads norm": _case(9, 3, 6, 4, norm=True),
     "row blocks": _case(1, 300, 1, 24),
     "row blocks norm": _case(1, 300, 1, 24, norm=True),
+    "image of XL": _case(1, 256, 1, 72),
+    "more keys than a block has": _case(1, 290, 1, 72, norm=True),
+    "head of 40": _case(1, 65, 2, 40),
+    "head of 128": _case(1, 150, 1, 128),
+    "head of 132": _case(1, 70, 1, 132, norm=True),
+    "head of 201": _case(2, 20, 1, 201, norm=True),
     "peaked": _case(1, 40, 2, 16, size=4.0),
 }
