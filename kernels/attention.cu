@@ -19,7 +19,7 @@ constexpr int WARPS = 4; // of a block of the kernels below
 
 // ---------------------------------------------------------------- delta
 
-template <class T> constexpr int delta_lanes() { return std::is_same<T, float>::value ? 1 : 8; }
+template <class T> constexpr int DELTA_LANES = std::is_same<T, float>::value ? 1 : 8;
 
 // In bf16 eight lanes per head of a token: a head of 64 is 16 bytes of each. In float one, which adds
 // channel by channel, as the products of attention_fma.cuh do: where a token sees one key alone, and y is
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(32 * WARPS)
     delta_kernel(attention_shape g, int64_t count, const T *__restrict__ y,
                  const T *__restrict__ dy, float *__restrict__ delta)
 {
-    constexpr int V = pm_pack<T>::SIZE, LANES = delta_lanes<T>();
+    constexpr int V = pm_pack<T>::SIZE, LANES = DELTA_LANES<T>;
     const int64_t item = pm_thread() / LANES; // token * H + head
     const int lane = threadIdx.x % LANES;
     float sum = 0;
@@ -346,8 +346,8 @@ pm_status attention_backward(pm_ctx *ctx, const pm_attention_args *g, const pm_a
     PM_TRY(inputs_of(ctx, g, shape, &scratch, &in));
     in.dy = {dy, HK};
     in.lse = g->lse, in.delta = delta, in.inverse = pm_take<float>(&scratch, heads * g->T);
-    PM_RUN(ctx, delta_kernel<T>, pm_blocks(tokens * g->H, 32 * WARPS / delta_lanes<T>()),
-           32 * WARPS, 0, shape, tokens * g->H, y, dy, delta);
+    PM_RUN(ctx, delta_kernel<T>, pm_blocks(tokens * g->H, 32 * WARPS / DELTA_LANES<T>), 32 * WARPS,
+           0, shape, tokens * g->H, y, dy, delta);
 
     attention_gradients<T> out = {{dqkv, 3 * HK}, {dqkv + HK, 3 * HK}, {dqkv + 2 * HK, 3 * HK}};
     if (!dqkv)

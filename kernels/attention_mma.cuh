@@ -37,13 +37,15 @@ template <int HEAD> struct tiles {
 };
 
 // rows [first, first + ROWS) of a head to shared memory, by THREADS threads: rows from T on and channels
-// from K on become zero. The copies are the caller's to commit.
+// from K on become zero. The copies are the caller's to commit. (Not unrolled: what is the same in all rounds
+// would be kept in registers that the products need.)
 template <int HEAD, int ROWS, int THREADS>
 PM_DEVICE void load_rows(const attention_shape &g, const bf16 *from, int64_t ld, int first,
                          bf16 *to)
 {
     constexpr int LD = tiles<HEAD>::LD, UNITS = HEAD / 8;
     if (g.aligned) {
+#pragma unroll 1
         for (int i = threadIdx.x; i < ROWS * UNITS; i += THREADS) {
             const int row = i / UNITS, c = i % UNITS * 8;
             const bool there = first + row < g.T && c < g.K;
@@ -51,6 +53,7 @@ PM_DEVICE void load_rows(const attention_shape &g, const bf16 *from, int64_t ld,
                                there ? 16 : 0);
         }
     } else {
+#pragma unroll 1
         for (int i = threadIdx.x; i < ROWS * HEAD; i += THREADS) {
             const int row = i / HEAD, c = i % HEAD;
             const bool there = first + row < g.T && c < g.K;
@@ -68,6 +71,7 @@ PM_DEVICE void store_rows(const attention_shape &g, const bf16 *from, bf16 *to, 
     const int lane = threadIdx.x % 32;
     __syncwarp();
     if (g.aligned) {
+#pragma unroll 1
         for (int i = lane; i < ROWS * UNITS; i += 32) {
             const int row = i / UNITS, c = i % UNITS * 8;
             if (first + row < g.T && at + c < g.K)
@@ -75,6 +79,7 @@ PM_DEVICE void store_rows(const attention_shape &g, const bf16 *from, bf16 *to, 
                     *reinterpret_cast<const pm_pack<bf16> *>(from + row * LD + c);
         }
     } else {
+#pragma unroll 1
         for (int i = lane; i < ROWS * UNITS * 8; i += 32) {
             const int row = i / (UNITS * 8), c = i % (UNITS * 8);
             if (first + row < g.T && at + c < g.K)
@@ -101,7 +106,7 @@ template <int HEAD> PM_DEVICE void load_left(const bf16 *rows, int step, uint32_
 template <int HEAD, int N>
 PM_DEVICE void load_right_transposed(const bf16 *rows, int step, uint32_t (&b)[N][2])
 {
-    static_assert(N % 4 == 0, "four matrices at a time");
+    static_assert(N == 2 || N % 4 == 0, "two or four matrices at a time");
     constexpr int LD = tiles<HEAD>::LD;
     const int lane = threadIdx.x % 32;
     uint32_t r[4];
@@ -112,6 +117,10 @@ PM_DEVICE void load_right_transposed(const bf16 *rows, int step, uint32_t (&b)[N
             ldmatrix_x4(r, row + n * 8 * LD);
             b[n][0] = r[0], b[n][1] = r[1], b[n + 1][0] = r[2], b[n + 1][1] = r[3];
         }
+    } else if (N == 2) {
+        uint32_t half[2];
+        ldmatrix_x2(half, rows + lane % 16 * LD + step * 16);
+        b[0][0] = half[0], b[1][0] = half[1], b[0][1] = b[1][1] = 0;
     } else {
 #pragma unroll
         for (int n = 0; n < N; n += 4) {
@@ -141,29 +150,31 @@ template <int LD, int N> PM_DEVICE void load_right(const bf16 *rows, uint32_t (&
 // ---------------------------------------------------------------- forward
 //
 // A block of 4 warps has 64 M query rows of a head, 16 M of a warp, and passes over the keys 64 at a time;
-// the next 64 arrive by cp.async meanwhile. The softmax is online: maximum and sum of a row so far, and
-// the output rescaled when a maximum of the warp grew.
+// the next 64 arrive by cp.async meanwhile. The softmax is online, 32 keys at a time: maximum and sum of
+// a row so far, and the output rescaled when a maximum of the warp grew.
 //
-// M = 2 up to 72 channels: each fragment of K and V serves two tiles of rows, which halves the reads of
-// shared memory to less than the tensor cores' time (2 clocks of ldmatrix for 4 of mma, on sm_80).
-// Then a lane holds 72 numbers of output, 64 scores and 40 words of q: two blocks to an SM. At 128
-// channels that does not fit, and M is 1.
+// M = 2 up to 72 channels: each fragment of K and V serves two tiles of rows. For 32 keys at 72 channels a
+// warp then reads 20 ldmatrix_x4 for 40 mma of scores and 9 for 36 of the output: 116 clocks of shared
+// memory beside 152 (sm_80) or about 120 (sm_90) of the tensor cores. A lane holds 72 numbers of output
+// and 32 scores; q is read again from shared memory. 168 registers, so three blocks to an SM (two on
+// sm_80, by shared memory): one's exponentials, as many clocks as its products, run under another's mma.
+// At 128 channels M is 1.
 // Bytes: q and y once; k and v once for each 64 M rows (twice at T = 256, from L2); lse.
 
-constexpr int FORWARD_KEYS = 64;
+constexpr int FORWARD_KEYS = 64, FORWARD_PASS = 32;
 template <int HEAD> struct forward_plan {
     static constexpr int M = HEAD > 72 ? 1 : 2, ROWS = 64 * M, THREADS = 128;
     static constexpr size_t SHARED = (ROWS + 4 * FORWARD_KEYS) * tiles<HEAD>::LD * sizeof(bf16);
 };
 
 template <int HEAD>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     forward_mma_kernel(attention_shape g, attention_inputs<bf16> in, attention_rows<bf16> out,
                        int parts, float *__restrict__ lse)
 {
     using P = forward_plan<HEAD>;
     using X = tiles<HEAD>;
-    constexpr int M = P::M, LD = X::LD, KEYS = FORWARD_KEYS, N = KEYS / 8;
+    constexpr int M = P::M, LD = X::LD, KEYS = FORWARD_KEYS, PASS = FORWARD_PASS, N = PASS / 8;
     bf16 *const qs = reinterpret_cast<bf16 *>(pm_shared), *const kvs = qs + P::ROWS * LD;
     const int64_t head = blockIdx.x / parts;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
@@ -171,13 +182,13 @@ __global__ void __launch_bounds__(128)
     const bf16 *const q = head_of(in.q, g, head), *const k = head_of(in.k, g, head),
                       *const v = head_of(in.v, g, head);
     const float c = g.scale * LOG2E;
+    bf16 *const qw = qs + warp * 16 * M * LD; // this warp's rows
 
     load_rows<HEAD, P::ROWS, P::THREADS>(g, q, in.q.ld, first, qs);
     load_rows<HEAD, KEYS, P::THREADS>(g, k, in.k.ld, 0, kvs);
     load_rows<HEAD, KEYS, P::THREADS>(g, v, in.v.ld, 0, kvs + KEYS * LD);
     cp_async_commit();
 
-    uint32_t qf[X::STEPS][M][4];
     float o[M][X::COLUMNS][4] = {}, top[M][2], sum[M][2] = {};
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -196,85 +207,84 @@ __global__ void __launch_bounds__(128)
         }
         if (row0 >= g.T)
             continue; // the whole warp; it goes on copying
-        if (round == 0)
+
+#pragma unroll 1
+        for (int pass = 0; pass < KEYS; pass += PASS) {
+            const int left = g.T - round * KEYS - pass; // keys from here on
+            if (left <= 0)
+                break;
+
+            // s = q k^T
+            float s[M][N][4] = {};
 #pragma unroll
-            for (int step = 0; step < X::STEPS; step++)
+            for (int step = 0; step < X::STEPS; step++) {
+                uint32_t a[M][4], b[N][2];
 #pragma unroll
                 for (int m = 0; m < M; m++)
-                    load_left<HEAD>(qs + (warp * M + m) * 16 * LD, step, qf[step][m]);
-
-        // s = q k^T
-        float s[M][N][4] = {};
-#pragma unroll
-        for (int step = 0; step < X::STEPS; step++) {
-            uint32_t b[N][2];
-            load_right_transposed<HEAD>(ks, step, b);
-            mma_m16n8k16(s, qf[step], b);
-        }
-        if (g.T - round * KEYS < KEYS)
-#pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    if (round * KEYS + n * 8 + 2 * t + i >= g.T)
-#pragma unroll
-                        for (int m = 0; m < M; m++)
-                            s[m][n][i] = s[m][n][i + 2] = -INFINITY;
-
-        // The maximum of each row. (Scaled later: the difference to it, which is exactly 0 at it.)
-        float shrink[M][2];
-        bool grew = false;
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float most = top[m][r];
+                    load_left<HEAD>(qw + m * 16 * LD, step, a[m]);
+                load_right_transposed<HEAD>(ks + pass * LD, step, b);
+                mma_m16n8k16(s, a, b);
+            }
+            if (left < PASS)
 #pragma unroll
                 for (int n = 0; n < N; n++)
-                    most = fmaxf(most, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-                most = fmaxf(most, __shfl_xor_sync(PM_ALL, most, 1));
-                most = fmaxf(most, __shfl_xor_sync(PM_ALL, most, 2));
-                grew |= most > top[m][r];
-                shrink[m][r] = pm_exp2((top[m][r] - most) * c);
-                top[m][r] = most;
-            }
-        if (round > 0 && __any_sync(PM_ALL, grew))
 #pragma unroll
-            for (int m = 0; m < M; m++)
+                    for (int i = 0; i < 2; i++)
+                        if (n * 8 + 2 * t + i >= left)
 #pragma unroll
-                for (int n = 0; n < X::COLUMNS; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        o[m][n][i] *= shrink[m][i / 2];
+                            for (int m = 0; m < M; m++)
+                                s[m][n][i] = s[m][n][i + 2] = -INFINITY;
 
-                        // p = exp(s - max), a lane's share of the sum of each row, and o += p v, 16 keys at a time
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                sum[m][r] *= shrink[m][r];
-#pragma unroll
-        for (int step = 0; step < KEYS / 16; step++) {
-            uint32_t p[M][4], b[X::COLUMNS][2];
+            // The maximum of each row. (Scaled later: the difference to it, which is exactly 0 at it.)
+            float shrink[M][2];
+            bool grew = false;
 #pragma unroll
             for (int m = 0; m < M; m++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float *const pair = &s[m][2 * step + j / 2][j % 2 * 2];
-                    const float p0 = pm_exp2((pair[0] - top[m][j % 2]) * c);
-                    const float p1 = pm_exp2((pair[1] - top[m][j % 2]) * c);
-                    sum[m][j % 2] += p0 + p1;
-                    p[m][j] = pack(p0, p1);
+                for (int r = 0; r < 2; r++) {
+                    float most = top[m][r];
+#pragma unroll
+                    for (int n = 0; n < N; n++)
+                        most = fmaxf(most, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                    most = fmaxf(most, __shfl_xor_sync(PM_ALL, most, 1));
+                    most = fmaxf(most, __shfl_xor_sync(PM_ALL, most, 2));
+                    grew |= most > top[m][r];
+                    shrink[m][r] = pm_exp2((top[m][r] - most) * c);
+                    sum[m][r] *= shrink[m][r];
+                    top[m][r] = most;
                 }
-            load_right<LD>(vs + step * 16 * LD, b);
-            mma_m16n8k16(o, p, b);
+            if (__any_sync(PM_ALL, grew))
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int n = 0; n < X::COLUMNS; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            o[m][n][i] *= shrink[m][i / 2];
+
+                            // p = exp(s - max), a lane's share of the sum of each row, and o += p v, 16 keys at a time
+#pragma unroll
+            for (int step = 0; step < PASS / 16; step++) {
+                uint32_t p[M][4], b[X::COLUMNS][2];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const float *const pair = &s[m][2 * step + j / 2][j % 2 * 2];
+                        const float p0 = pm_exp2((pair[0] - top[m][j % 2]) * c);
+                        const float p1 = pm_exp2((pair[1] - top[m][j % 2]) * c);
+                        sum[m][j % 2] += p0 + p1;
+                        p[m][j] = pack(p0, p1);
+                    }
+                load_right<LD>(vs + (pass + step * 16) * LD, b);
+                mma_m16n8k16(o, p, b);
+            }
         }
     }
     if (row0 >= g.T)
         return; // the whole warp
 
-    // y = o / sum, through the rows of q that only this warp read
-    bf16 *const ys = qs + warp * 16 * M * LD;
+    // y = o / sum, through the shared memory of q's rows, which only this warp reads
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; m++)
@@ -287,12 +297,12 @@ __global__ void __launch_bounds__(128)
             const int row = m * 16 + r * 8 + lane / 4;
 #pragma unroll
             for (int n = 0; n < X::COLUMNS; n++)
-                *reinterpret_cast<uint32_t *>(ys + row * LD + n * 8 + 2 * t) =
+                *reinterpret_cast<uint32_t *>(qw + row * LD + n * 8 + 2 * t) =
                     pack(o[m][n][2 * r] * inverse, o[m][n][2 * r + 1] * inverse);
             if (lse && t == 0 && row0 + row < g.T)
                 lse[head * g.T + row0 + row] = top[m][r] * g.scale + logf(all);
         }
-    store_rows<16 * M, X::COLUMNS, LD>(g, ys, head_of(out, g, head), out.ld, row0, 0);
+    store_rows<16 * M, X::COLUMNS, LD>(g, qw, head_of(out, g, head), out.ld, row0, 0);
 }
 
 // ---------------------------------------------------------------- backward
@@ -306,8 +316,9 @@ __global__ void __launch_bounds__(128)
 // dq is written once while T <= 128 M. With more keys the block goes on with the next 128 M, and dq is
 // summed in scratch (`sums`, float), every number by the same thread.
 //
-// M = 2 up to 72 channels (256 keys): 144 numbers of dk and dv in a lane, 32 of s or dp; 148 KB of shared
-// memory, one block of 8 warps to an SM. At 128 channels M is 1.
+// M = 2 up to 72 channels (256 keys): 144 numbers of dk and dv in a lane, and 32 of s, then 16 of dp (32
+// do not fit into 255 registers); 148 KB of shared memory, one block of 8 warps to an SM. At 128 channels M
+// is 1.
 // Bytes: q, k, v, dy, lse, delta read once, dq, dk, dv written once, at T <= 256.
 
 constexpr int BACKWARD_ROWS = 64;
@@ -383,7 +394,7 @@ __global__ void __launch_bounds__(256)
                 if (mine >= g.T || round * ROWS + half >= g.T)
                     break; // the whole warp; nobody reads its ds
                 const bf16 *const qh = qs + half * LD, *const dyh = dys + half * LD;
-                uint32_t p[M][N][2]; // p^T, then ds^T, rounded: rows g and g + 8 of each tile
+                uint32_t p[M][N][2]; // p^T, rounded: rows g and g + 8 of each tile
                 {
                     float s[M][N][4] = {};
 #pragma unroll
@@ -424,20 +435,24 @@ __global__ void __launch_bounds__(256)
                     load_right<LD>(dyh + step * 16 * LD, b);
                     mma_m16n8k16(dv, a, b);
                 }
-                {
-                    float dp[M][N][4] = {};
+                bf16 *const dsw = dss + (warp * 16 * M + lane / 4) * DS_LD + half + 2 * t;
+#pragma unroll
+                for (int part = 0; part < QUERIES / 16; part++) {
+                    const bf16 *const qp = qh + part * 16 * LD, *const dyp = dyh + part * 16 * LD;
+                    float dp[M][2][4] = {};
 #pragma unroll
                     for (int step = 0; step < X::STEPS; step++) {
-                        uint32_t a[M][4], b[N][2];
+                        uint32_t a[M][4], b[2][2];
 #pragma unroll
                         for (int m = 0; m < M; m++)
                             load_left<HEAD>(vw + m * 16 * LD, step, a[m]);
-                        load_right_transposed<HEAD>(dyh, step, b);
+                        load_right_transposed<HEAD>(dyp, step, b);
                         mma_m16n8k16(dp, a, b);
                     }
-                    bf16 *const dsw = dss + (warp * 16 * M + lane / 4) * DS_LD + half + 2 * t;
+                    uint32_t ds[M][4], b[X::COLUMNS][2];
 #pragma unroll
-                    for (int n = 0; n < N; n++) {
+                    for (int i = 0; i < 2; i++) {
+                        const int n = 2 * part + i;
                         const float2 d =
                             *reinterpret_cast<const float2 *>(stat + ROWS + half + n * 8 + 2 * t);
 #pragma unroll
@@ -445,23 +460,15 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
                             for (int r = 0; r < 2; r++) {
                                 const float2 of = unpack(p[m][n][r]);
-                                p[m][n][r] = pack(of.x * (dp[m][n][2 * r] - d.x),
-                                                  of.y * (dp[m][n][2 * r + 1] - d.y));
+                                const uint32_t pair = pack(of.x * (dp[m][i][2 * r] - d.x),
+                                                           of.y * (dp[m][i][2 * r + 1] - d.y));
+                                ds[m][2 * i + r] = pair;
                                 *reinterpret_cast<uint32_t *>(dsw + (m * 16 + r * 8) * DS_LD +
-                                                              n * 8) = p[m][n][r];
+                                                              n * 8) = pair;
                             }
                     }
-                }
-#pragma unroll
-                for (int step = 0; step < QUERIES / 16; step++) {
-                    uint32_t a[M][4], b[X::COLUMNS][2];
-#pragma unroll
-                    for (int m = 0; m < M; m++)
-#pragma unroll
-                        for (int j = 0; j < 4; j++)
-                            a[m][j] = p[m][2 * step + j / 2][j % 2];
-                    load_right<LD>(qh + step * 16 * LD, b);
-                    mma_m16n8k16(dk, a, b);
+                    load_right<LD>(qp, b);
+                    mma_m16n8k16(dk, ds, b);
                 }
             }
             __syncthreads(); // ds is there; q and dy are read
