@@ -18,9 +18,9 @@ template <class T> struct attention_rows {
     int64_t ld;
 };
 template <class T>
-PM_DEVICE T *head_of(const attention_rows<T> &rows, const attention_shape &g, int64_t head)
+PM_DEVICE T *head_of(const attention_rows<T> &rows, const attention_shape &g, int head)
 {
-    return rows.p + head / g.H * g.T * rows.ld + head % g.H * g.K;
+    return rows.p + (int64_t)(head / g.H) * g.T * rows.ld + head % g.H * g.K;
 }
 
 template <class T> struct attention_inputs {

@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(P::THREADS, 2)
     float *const p = bs + P::OTHERS * P::LD;
     float *const top = p + P::ROWS * P::P_LD, *const sum = top + P::ROWS,
                  *const shrink = sum + P::ROWS;
-    const int64_t head = blockIdx.x / parts;
+    const int head = (int)blockIdx.x / parts;
     const int first = (int)(blockIdx.x % parts) * P::ROWS, chunk = blockIdx.y * P::WIDTH;
     const int tx = threadIdx.x % P::COLS, ty = threadIdx.x / P::COLS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(P::THREADS, 2)
             for (int l = 0; l < 4; l++)
                 o[i][j][l] *= inverse;
         if (lse && tx == 0 && chunk == 0 && first + row < g.T)
-            lse[head * g.T + first + row] = top[row] + logf(sum[row]);
+            lse[(int64_t)head * g.T + first + row] = top[row] + logf(sum[row]);
     }
     store_floats<P>(g, o, head_of(out, g, head), out.ld, first, chunk);
 }
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(P::THREADS, 2)
 {
     float *const as = reinterpret_cast<float *>(pm_shared), *const bs = as + P::ROWS * P::LD;
     float *const p = bs + P::OTHERS * P::LD;
-    const int64_t head = blockIdx.x / parts;
+    const int head = (int)blockIdx.x / parts;
     const int first = (int)(blockIdx.x % parts) * P::ROWS, chunk = blockIdx.y * P::WIDTH;
     const int tx = threadIdx.x % P::COLS, ty = threadIdx.x / P::COLS;
     const T *const q = head_of(in.q, g, head), *const k = head_of(in.k, g, head),
@@ -271,8 +271,8 @@ __global__ void __launch_bounds__(P::THREADS, 2)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = first + ty + 16 * i;
-        lse[i] = row < g.T ? in.lse[head * g.T + row] : 0.0f;
-        delta[i] = row < g.T ? in.delta[head * g.T + row] : 0.0f;
+        lse[i] = row < g.T ? in.lse[(int64_t)head * g.T + row] : 0.0f;
+        delta[i] = row < g.T ? in.delta[(int64_t)head * g.T + row] : 0.0f;
     }
 
     float dq[4][P::GROUPS][4] = {}, sum[4] = {};
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(P::THREADS, 2)
             all += p[row * P::COLS + j];
         const float inverse = 1.0f / all;
         if (tx == 0 && chunk == 0 && first + row < g.T)
-            in.inverse[head * g.T + first + row] = inverse;
+            in.inverse[(int64_t)head * g.T + first + row] = inverse;
 #pragma unroll
         for (int j = 0; j < P::GROUPS; j++)
 #pragma unroll
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(P::THREADS, 2)
 {
     float *const as = reinterpret_cast<float *>(pm_shared), *const bs = as + P::ROWS * P::LD;
     float *const p = bs + P::OTHERS * P::LD;
-    const int64_t head = blockIdx.x / parts;
+    const int head = (int)blockIdx.x / parts;
     const int first = (int)(blockIdx.x % parts) * P::ROWS, chunk = blockIdx.y * P::WIDTH;
     const int tx = threadIdx.x % P::COLS;
     const T *const q = head_of(in.q, g, head), *const k = head_of(in.k, g, head),
@@ -343,9 +343,9 @@ __global__ void __launch_bounds__(P::THREADS, 2)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const int at = row + tx + P::COLS * j;
-            const float lse = at < g.T ? in.lse[head * g.T + at] : 0.0f;
-            const float delta = at < g.T ? in.delta[head * g.T + at] : 0.0f;
-            const float inverse = at < g.T ? in.inverse[head * g.T + at] : 0.0f;
+            const float lse = at < g.T ? in.lse[(int64_t)head * g.T + at] : 0.0f;
+            const float delta = at < g.T ? in.delta[(int64_t)head * g.T + at] : 0.0f;
+            const float inverse = at < g.T ? in.inverse[(int64_t)head * g.T + at] : 0.0f;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 s[i][j] = at < g.T ? expf(__fmul_rn(s[i][j], g.scale) - lse) * inverse : 0.0f;

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(128, 3)
     using X = tiles<HEAD>;
     constexpr int M = P::M, LD = X::LD, KEYS = FORWARD_KEYS, PASS = FORWARD_PASS, N = PASS / 8;
     bf16 *const qs = reinterpret_cast<bf16 *>(pm_shared), *const kvs = qs + P::ROWS * LD;
-    const int64_t head = blockIdx.x / parts;
+    const int head = (int)blockIdx.x / parts;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     const int first = (int)(blockIdx.x % parts) * P::ROWS, row0 = first + warp * 16 * M;
     const bf16 *const q = head_of(in.q, g, head), *const k = head_of(in.k, g, head),
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(128, 3)
                 *reinterpret_cast<uint32_t *>(qw + row * LD + n * 8 + 2 * t) =
                     pack(o[m][n][2 * r] * inverse, o[m][n][2 * r + 1] * inverse);
             if (lse && t == 0 && row0 + row < g.T)
-                lse[head * g.T + row0 + row] = top[m][r] * g.scale + logf(all);
+                lse[(int64_t)head * g.T + row0 + row] = top[m][r] * g.scale + logf(all);
         }
     store_rows<16 * M, X::COLUMNS, LD>(g, qw, head_of(out, g, head), out.ld, row0, 0);
 }
@@ -319,6 +319,8 @@ __global__ void __launch_bounds__(128, 3)
 // M = 2 up to 72 channels (256 keys): 144 numbers of dk and dv in a lane, and 32 of s, then 16 of dp (32
 // do not fit into 255 registers); 148 KB of shared memory, one block of 8 warps to an SM. At 128 channels M
 // is 1.
+// 255 registers, of which 64 channels need no more; with 72 and 128 ptxas spills 8 to 16 bytes (a pointer or
+// two that are kept across the products), which is less than what 16 queries instead of 32 would read again.
 // Bytes: q, k, v, dy, lse, delta read once, dq, dk, dv written once, at T <= 256.
 
 constexpr int BACKWARD_ROWS = 64;
@@ -334,16 +336,16 @@ template <int HEAD> struct backward_plan {
 // The 64 query rows from `first` on: q, dy, and lse and delta of them (0 past T: then p is 1, and both
 // dy and ds are 0).
 template <int HEAD>
-PM_DEVICE void load_queries(const attention_shape &g, const bf16 *q, int64_t ldq, const bf16 *dy,
-                            int64_t ldy, const float *lse, const float *delta, int first,
-                            bf16 *tile, float *stats)
+PM_DEVICE void load_queries(const attention_shape &g, const attention_inputs<bf16> &in, int head,
+                            int first, bf16 *tile, float *stats)
 {
     constexpr int ROWS = BACKWARD_ROWS, THREADS = backward_plan<HEAD>::THREADS;
-    load_rows<HEAD, ROWS, THREADS>(g, q, ldq, first, tile);
-    load_rows<HEAD, ROWS, THREADS>(g, dy, ldy, first, tile + ROWS * tiles<HEAD>::LD);
+    load_rows<HEAD, ROWS, THREADS>(g, head_of(in.q, g, head), in.q.ld, first, tile);
+    load_rows<HEAD, ROWS, THREADS>(g, head_of(in.dy, g, head), in.dy.ld, first,
+                                   tile + ROWS * tiles<HEAD>::LD);
     if (threadIdx.x < 2 * ROWS) {
         const int row = first + threadIdx.x % ROWS;
-        const float *const from = threadIdx.x < ROWS ? lse : delta;
+        const float *const from = (threadIdx.x < ROWS ? in.lse : in.delta) + (int64_t)head * g.T;
         cp_async_zfill<4>(stats + threadIdx.x, row < g.T ? from + row : from, row < g.T ? 4 : 0);
     }
     cp_async_commit();
@@ -362,10 +364,8 @@ __global__ void __launch_bounds__(256)
     bf16 *const ks = reinterpret_cast<bf16 *>(pm_shared), *const vs = ks + KEYS * LD;
     bf16 *const qdys = vs + KEYS * LD, *const dss = qdys + 4 * ROWS * LD;
     float *const stats = reinterpret_cast<float *>(dss + KEYS * DS_LD);
-    const int64_t head = blockIdx.x;
+    const int head = (int)blockIdx.x;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
-    const bf16 *const q = head_of(in.q, g, head), *const dy = head_of(in.dy, g, head);
-    const float *const lse = in.lse + head * g.T, *const delta = in.delta + head * g.T;
     bf16 *const kw = ks + warp * 16 * M * LD, *const vw = vs + warp * 16 * M * LD; // this warp's
     const int rounds = (g.T + ROWS - 1) / ROWS;
 
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(256)
             __syncthreads(); // shared memory is read
         load_rows<HEAD, KEYS, P::THREADS>(g, head_of(in.k, g, head), in.k.ld, key0, ks);
         load_rows<HEAD, KEYS, P::THREADS>(g, head_of(in.v, g, head), in.v.ld, key0, vs);
-        load_queries<HEAD>(g, q, in.q.ld, dy, in.dy.ld, lse, delta, 0, qdys, stats);
+        load_queries<HEAD>(g, in, head, 0, qdys, stats);
         float dk[M][X::COLUMNS][4] = {}, dv[M][X::COLUMNS][4] = {};
 
         for (int round = 0; round < rounds; round++) {
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(256)
             cp_async_wait<0>();
             __syncthreads(); // these rows are there; dq of those before is made
             if (round + 1 < rounds)
-                load_queries<HEAD>(g, q, in.q.ld, dy, in.dy.ld, lse, delta, (round + 1) * ROWS,
+                load_queries<HEAD>(g, in, head, (round + 1) * ROWS,
                                    qdys + (round + 1) % 2 * 2 * ROWS * LD,
                                    stats + (round + 1) % 2 * 2 * ROWS);
 
@@ -480,8 +480,8 @@ __global__ void __launch_bounds__(256)
                 continue; // the whole warp
             float dq[1][PART][4] = {};
             const int keys = min(g.T - key0, KEYS);
-            for (int key = 0; key < keys;
-                 key += 16) { // of a warp that has keys: all 16 are written
+#pragma unroll 2
+            for (int key = 0; key < keys; key += 16) { // all 16 are those of a warp that has keys
                 uint32_t a[1][4], b[PART][2];
                 ldmatrix_x4_trans(a[0], dss + (key + lane / 16 * 8 + lane % 8) * DS_LD + row +
                                             lane / 8 % 2 * 8);
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(256)
                         continue;
                     if (sums) {
                         float2 *const sum = reinterpret_cast<float2 *>(
-                            sums + (head * g.T + round * ROWS + at) * HEAD + column);
+                            sums + ((int64_t)head * g.T + round * ROWS + at) * HEAD + column);
                         if (key0 > 0)
                             x += sum->x, y += sum->y;
                         *sum = make_float2(x, y);
