@@ -100,6 +100,7 @@ CASES = {
     "many small heads norm": _case(9, 3, 6, 4, norm=True),
     "row blocks": _case(1, 300, 1, 24),
     "row blocks norm": _case(1, 300, 1, 24, norm=True),
+    "one key short of a tile": _case(1, 63, 2, 16),
     "image of XL": _case(1, 256, 1, 72),
     "more keys than a block has": _case(1, 290, 1, 72, norm=True),
     "head of 40": _case(1, 65, 2, 40),
