@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#define PM_OP_LINKAGE __attribute__((weak)) // while ops are missing
 #include "common.cuh"
 extern "C" {
 #include "../csrc/plugin.h"
@@ -421,20 +420,8 @@ bool open_device(char *message, size_t bytes)
 
 // ---------------------------------------------------------------- the tables
 
-template <class A> pm_status forward_missing(pm_ctx *ctx, const A *, void *)
-{
-    return pm_fail(ctx, PM_EINVAL, "this op has no CUDA kernel yet");
-}
-template <class A, class G> pm_status backward_missing(pm_ctx *ctx, const A *, const G *, void *)
-{
-    return pm_fail(ctx, PM_EINVAL, "this op has no CUDA kernel yet");
-}
-template <class A> size_t workspace_missing(const pm_ctx *, const A *, bool) { return 0; }
-
 #define PM_TABLE_FORWARD(op) table->op.backward = nullptr;
-#define PM_TABLE_BOTH(op)                                                                          \
-    table->op.backward = op##_backward<T> ? op##_backward<T>                                       \
-                                          : backward_missing<pm_##op##_args, pm_##op##_grads>;
+#define PM_TABLE_BOTH(op) table->op.backward = op##_backward<T>;
 
 template <class T> void fill(pm_backend *table, pm_compute compute, bool graphs)
 {
@@ -463,9 +450,8 @@ template <class T> void fill(pm_backend *table, pm_compute compute, bool graphs)
     table->derived_bytes = shadow_bytes;
     table->derive = shadow;
 #define PM_OP(op, OP, direction)                                                                   \
-    table->op.forward = op##_forward<T> ? op##_forward<T> : forward_missing<pm_##op##_args>;       \
-    table->op.workspace = op##_workspace<T> ? op##_workspace<T>                                    \
-                                            : workspace_missing<pm_##op##_args>;                   \
+    table->op.forward = op##_forward<T>;                                                           \
+    table->op.workspace = op##_workspace<T>;                                                       \
     PM_TABLE_##direction(op)
 #include "../csrc/ops.def"
 #undef PM_OP

@@ -165,19 +165,13 @@ PM_DEVICE float pm_sigmoid_of(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Declared here from ops.def, defined in <op>.cu, which ends with PM_INSTANTIATE_BOTH(<op>) or
 // PM_INSTANTIATE_FORWARD(<op>).
-#ifndef PM_OP_LINKAGE
-#define PM_OP_LINKAGE
-#endif
 #define PM_DECLARE_FORWARD(op)                                                                     \
-    template <class T>                                                                             \
-    PM_OP_LINKAGE pm_status op##_forward(pm_ctx *, const pm_##op##_args *, void *);                \
-    template <class T>                                                                             \
-    PM_OP_LINKAGE size_t op##_workspace(const pm_ctx *, const pm_##op##_args *, bool);
+    template <class T> pm_status op##_forward(pm_ctx *, const pm_##op##_args *, void *);           \
+    template <class T> size_t op##_workspace(const pm_ctx *, const pm_##op##_args *, bool);
 #define PM_DECLARE_BOTH(op)                                                                        \
     PM_DECLARE_FORWARD(op)                                                                         \
     template <class T>                                                                             \
-    PM_OP_LINKAGE pm_status op##_backward(pm_ctx *, const pm_##op##_args *,                        \
-                                          const pm_##op##_grads *, void *);
+    pm_status op##_backward(pm_ctx *, const pm_##op##_args *, const pm_##op##_grads *, void *);
 #define PM_OP(op, OP, direction) PM_DECLARE_##direction(op)
 #include "../csrc/ops.def"
 #undef PM_OP

@@ -77,6 +77,14 @@ PM_PTX uint32_t pm_tf32(float x)
     return r;
 }
 
+// 2^x to 2 ulp, results below 2^-126 are 0; one instruction, where exp2f and __expf take more.
+PM_PTX float pm_exp2(float x)
+{
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // Loads 8 x 8 matrices of 16-bit elements from shared memory: lanes 8i .. 8i+7 give the addresses of
 // the rows of matrix i (lanes that are not needed: any aligned address in shared memory); r[i] gets
 // elements 2t, 2t+1 of row g of matrix i. _trans: of the transposed matrix.

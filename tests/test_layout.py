@@ -13,6 +13,7 @@ STEMS = [stem for stem, _, _ in OPS]
 PLACES = {
     "csrc/ops/{}.h": {"all"},
     "csrc/cpu/{}.c": {"backend", "guard"},
+    "kernels/{}.cu": {"backend", "dense", "experts_loop"},
     "tests/oracle/{}.py": {"__init__", "numeric", "draws"},
     "tests/ops/test_{}.py": {"compute"},
 }

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -144,11 +145,13 @@ def test_affinity():
 def test_workers_take_no_signals():
     promoe.set_num_threads(4)
     draws()
-    blocked = {}
-    for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/status") as file:
-            status = dict(line.split(":", 1) for line in file)
-        blocked[status["Name"].strip()] = int(status["SigBlk"], 16)
-    for worker in ("promoe-1", "promoe-2", "promoe-3"):
+    workers, blocked = {"promoe-1", "promoe-2", "promoe-3"}, {}
+    until = time.monotonic() + 30
+    while not workers <= set(blocked) and time.monotonic() < until:  # they name themselves once they run
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/status") as file:
+                status = dict(line.split(":", 1) for line in file)
+            blocked[status["Name"].strip()] = int(status["SigBlk"], 16)
+    for worker in workers:
         for signal in (1, 2, 10, 14, 15):
             assert blocked[worker] >> (signal - 1) & 1

@@ -75,12 +75,15 @@ def backward(qkv, B, H, dy, q_weight=None, q_bias=None, k_weight=None, k_bias=No
     return {"dqkv": dqkv.reshape(B * T, 3 * H * K), **sums}
 
 
-def _case(B, T, H, K, norm=False, size=1.0, **attributes):
+def _case(B, T, H, K, norm=False, size=1.0, apart=0.0, **attributes):
+    """apart: q and k point away from each other, so that a key that is not there (score 0) would win."""
     def case(rng):
         def normal(*shape):
             return rng.standard_normal(shape).astype(np.float32)
 
         inputs = {"qkv": np.float32(size) * normal(B * T, 3 * H * K), "B": B, "H": H, **attributes}
+        if apart:
+            inputs["qkv"].reshape(B * T, 3, H * K)[:, :2] += np.array([[apart], [-apart]], np.float32)
         if norm:
             for name in ("q", "k"):
                 inputs[name + "_weight"] = 1 + np.float32(0.3) * normal(K)
@@ -100,5 +103,12 @@ CASES = {
     "many small heads norm": _case(9, 3, 6, 4, norm=True),
     "row blocks": _case(1, 300, 1, 24),
     "row blocks norm": _case(1, 300, 1, 24, norm=True),
+    "one key short of a tile": _case(1, 63, 2, 16, apart=2.0),
+    "image of XL": _case(1, 256, 1, 72),
+    "more keys than a block has": _case(1, 290, 1, 72, norm=True),
+    "head of 40": _case(1, 65, 2, 40),
+    "head of 128": _case(1, 150, 1, 128),
+    "head of 132": _case(1, 70, 1, 132, norm=True),
+    "head of 201": _case(2, 20, 1, 201, norm=True),
     "peaked": _case(1, 40, 2, 16, size=4.0),
 }

@@ -56,6 +56,8 @@ inline uint32_t pm_tf32(float x)
     return (x != x ? u : u + 0x1000u) & ~0x1fffu; // half an ulp of tf32: ties away from zero
 }
 
+inline float pm_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
 #define PM_LDMATRIX(name, count, what)                                                             \
     inline void name(uint32_t (&r)[count], const void *row, PM_SITE)                               \
     {                                                                                              \
