@@ -1,5 +1,5 @@
-"""The kernels under the address sanitizer, and watched for races: a case of every op, and a whole model. The tests of the
-library that the others run on, in a process that loads another build of it."""
+"""The kernels under the address sanitizer, and watched for races: a case of every op, more of the experts, and a whole
+model. The tests of the library that the others run on, in a process that loads another build of it."""
 
 import os
 import subprocess
@@ -20,6 +20,7 @@ MODEL = ("test_golden_forward and cond or test_golden_with_rounded_operands and 
 SUBSETS = {
     "ops": ["tests/cuda/test_ops.py", "-k", "test_two_runs_have_the_same_bits and not tf32"],  # the last case of each
     "arrays": ["tests/cuda/test_device_arrays.py"],
+    "experts": ["tests/cuda/test_experts.py", "tests/cuda/test_adamw.py", "-k", "derived or shadows"],
     "model": ["tests/cuda/test_model.py", "-k", MODEL],
 }
 
