@@ -105,7 +105,8 @@ constexpr int CHANNELS = 128; // of a pass: 4 of each lane
 //   dx = rstd (u - mean(u) - xhat mean(u xhat)).
 // blockIdx: (rows, q or k). Warps take rows in turn; lane l has channels l, l + 32, ... of CHANNELS in a
 // pass and sums dqk xhat and dqk of its warp's rows; then the warps are added, in order:
-// slots[block][q, k][dweight, dbias][K].
+// slots[block][q, k][dweight, dbias][K]. In bf16 ptxas keeps 16 bytes of addresses in local memory on
+// sm_80, once per block: the kernel waits for memory, and only with qk-norm.
 template <class T>
 __global__ void __launch_bounds__(32 * WARPS)
     norm_backward_kernel(attention_shape g, int64_t tokens, norm_weights w,
