@@ -28,6 +28,7 @@ def examine():
         JSON types; ``problems`` lists in words what is wrong, and is empty on a sound machine.
     """
     import promoe
+    from promoe import _core
 
     problems = []
     info = promoe.backend_info()
@@ -37,7 +38,7 @@ def examine():
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "requires": {name: _version(name) for name in ("numpy", "safetensors", "tqdm")},
         "extras": {name: _version(name) for name in EXTRAS},
-        "cpu": info.get("cpu"), "level": info["level"], "threads": promoe.get_num_threads(),
+        "cpu": info.get("cpu"), "level": info["level"], "amx": _core._lacks("amx"), "threads": promoe.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "memory": _memory(),
@@ -59,6 +60,7 @@ def report(found):
              f"system        {found['system']}",
              f"cpu           {found['cpu']}",
              f"instructions  {found['level']}",
+             f"amx           {'no: ' + found['amx'] if found['amx'] else 'yes'}",
              f"threads       {found['threads']} (this process may use {found['cpus']} CPUs)"]
     lines += [f"              {name}={value}" for name, value in found["environment"].items()]
     if found["memory"]:

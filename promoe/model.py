@@ -262,7 +262,7 @@ class Model:
         "cpu".
     compute : str
         What products multiply: "fp32"; "bf16": operands are rounded to bfloat16 and summed in
-        float32, on a CPU with AVX512_BF16; "bf16-emulated": the same results on any CPU, no faster
+        float32, on a CPU with AMX_BF16 or AVX512_BF16; "bf16-emulated": the same results, no faster
         than "fp32". Weights, moments, activations and the router's products stay float32.
     objective : RectifiedFlow, optional
         What `accumulate` trains for.

@@ -1,6 +1,6 @@
 /* experts: contract in ops/experts.h.
  *
- * Work is cut by rows: a block is at most PM_ROWS rows of one group, which go through the whole
+ * Work is cut by rows: a block is at most product_rows of one group, which go through the whole
  * expert while they are in L2. The plan groups come first and leave a row of D per plan row in
  * scratch; then the block of tokens that owns rows n0..n1 of y gathers what its tokens have there,
  * in the order of tok_row, and adds the shared groups on top. Backward walks the same two steps
@@ -8,13 +8,13 @@
  * (product.h). So every element has one owner, and the order of a sum is that of the plan. */
 
 enum {
-    EXPERTS_MIN_ITEMS = 16,     /* blocks get smaller when there would be fewer, */
-    EXPERTS_LEAST_BLOCK = 2,    /* down to so many slices */
+    EXPERTS_MIN_ITEMS = 16,     /* blocks get smaller when there would be fewer (half, of AMX), */
+    EXPERTS_LEAST_BLOCK = 2,    /* down to so many slices, or one of AMX */
     EXPERTS_TASK_WORK = 250000, /* multiply-adds that are worth a task */
 };
 
-/* Backward: what a block of rows leaves for the weights' gradients. The rows of a plan group begin at
- * an even one. */
+/* Backward: what a block of rows leaves for the weights' gradients. The rows of a plan group begin
+ * where those of a product may. */
 typedef struct {
     product_side x, dy; /* dy times the row's weight */
     float *dy_sums;     /* (blocks, D) */
@@ -43,7 +43,7 @@ typedef void (*experts_item)(const experts_job *job, int64_t item, int worker);
 struct experts_job {
     const pm_experts_args *g;
     const pm_experts_grads *d;
-    pm_compute kind;
+    product_kind kind;
     experts_group *group; /* G plan groups, S shared ones */
     int64_t block;        /* slices of a block, at most */
     float *rows;          /* (R, D): what a plan row adds to y, or to dx */
@@ -63,36 +63,44 @@ struct experts_job {
 static inline int64_t experts_ld(int64_t width) { return product_panels(width) * PM_NR + 16; }
 
 /* Bound on the panels of all groups of one matrix: by columns of the groups' width, or of D. */
-static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_packed_bytes(product_kind kind, const pm_experts_args *g)
 {
-    /* one row of words more for each group whose contraction is odd */
+    /* each group's contraction is filled up with zeros */
     int64_t groups = g->G + g->S;
     int64_t by_width = (g->F + groups * (PM_NR - 1)) * product_words(kind, g->D),
-            by_d = product_packed(kind, g->D, g->F + groups);
+            by_d = product_packed(kind, g->D, g->F + groups * (product_multiple(kind) - 1));
     return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)groups * 64;
 }
 
 /* Rows of x or dy as left operands, then rows of h or dpre. */
-static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_worker_bytes(product_kind kind, const pm_experts_args *g)
 {
-    return pm_round64(product_room(kind, PM_ROWS, g->D) +
-                      (size_t)(PM_ROWS * experts_ld(pm_max(g->W, g->Z))) * sizeof(product_word));
+    return pm_round64(product_room(kind, g->D) +
+                      (size_t)(product_rows(kind) * experts_ld(pm_max(g->W, g->Z))) *
+                          sizeof(product_word));
 }
 
 /* Bounds on the rows and on the blocks of rows of the plan groups, and of each shared group. */
-static inline int64_t experts_plan_rows(const pm_experts_args *g) { return g->G ? g->R + g->G : 0; }
-static inline int64_t experts_shared_rows(const pm_experts_args *g) { return g->S ? g->N : 0; }
-static inline int64_t experts_most_blocks(int64_t rows, int64_t groups)
+static inline int64_t experts_plan_rows(product_kind kind, const pm_experts_args *g)
 {
-    return rows / (EXPERTS_LEAST_BLOCK * PM_MR) + groups;
+    return g->G ? g->R + g->G * (product_side_rows(kind, 1) - 1) : 0;
+}
+static inline int64_t experts_shared_rows(const pm_experts_args *g) { return g->S ? g->N : 0; }
+static inline int64_t experts_least_block(product_kind kind)
+{
+    return product_is_amx(kind) ? 1 : EXPERTS_LEAST_BLOCK;
+}
+static inline int64_t experts_most_blocks(product_kind kind, int64_t rows, int64_t groups)
+{
+    return rows / (experts_least_block(kind) * product_tall(kind)) + groups;
 }
 
 /* What a backward pass leaves for the weights. */
-static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_sides_bytes(product_kind kind, const pm_experts_args *g)
 {
-    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
-    const int64_t plan_sums = experts_most_blocks(plan_rows, g->G) * (g->D + g->W),
-                  sums = experts_most_blocks(rows, 1) * (g->D + g->S * g->Z);
+    const int64_t plan_rows = experts_plan_rows(kind, g), rows = experts_shared_rows(g);
+    const int64_t plan_sums = experts_most_blocks(kind, plan_rows, g->G) * (g->D + g->W),
+                  sums = experts_most_blocks(kind, rows, 1) * (g->D + g->S * g->Z);
     const size_t plan = product_side_bytes(kind, plan_rows, g->D) +
                         product_side_bytes(kind, plan_rows, g->W);
     const size_t shared = product_side_bytes(kind, rows, g->D) +
@@ -102,7 +110,7 @@ static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
 
 static size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     size_t bytes = pm_round64((size_t)(g->G + g->S) * sizeof(experts_group));
     bytes += (size_t)(!g->up.derived + !g->down.derived) *
              pm_round64(experts_packed_bytes(kind, g));
@@ -143,27 +151,29 @@ static const experts_group *experts_find(const experts_group *e, int64_t *item)
 }
 
 /* Blocks are of whole slices of tiles (product.h), near-equal ones: no tile is a thin remainder. */
-static inline int64_t experts_blocks(int64_t rows, int64_t block)
+static inline int64_t experts_blocks(const experts_job *job, int64_t rows)
 {
-    return pm_blocks(product_slices(rows), block);
+    return pm_blocks(product_slices_of(job->kind, rows), job->block);
 }
-/* The first row of block i of so many, an even one. */
-static inline int64_t experts_cut(int64_t rows, int64_t blocks, int64_t i)
+/* The first row of block i of so many. */
+static inline int64_t experts_cut(product_kind kind, int64_t rows, int64_t blocks, int64_t i)
 {
-    int64_t slices = product_slices(rows);
-    return product_slice(rows, slices, product_cut(slices, blocks, i));
+    const int64_t slices = product_slices_of(kind, rows);
+    return product_slice_of(kind, rows, slices, product_cut(slices, blocks, i));
 }
 
-/* Slices of a block: PM_ROWS rows, less when that gives too few blocks. */
+/* Slices of a block: product_rows, less when that gives too few blocks. */
 static void experts_choose_block(experts_job *job)
 {
     const pm_experts_args *g = job->g;
-    for (job->block = PM_ROWS / PM_MR; job->block > EXPERTS_LEAST_BLOCK; job->block--) {
+    const product_kind kind = job->kind;
+    const int64_t least = product_is_amx(kind) ? EXPERTS_MIN_ITEMS / 2 : EXPERTS_MIN_ITEMS;
+    job->block = product_rows(kind) / product_tall(kind);
+    for (; job->block > experts_least_block(kind); job->block--) {
         int64_t routed = 0;
         for (int64_t i = 0; i < g->G; i++)
-            routed += experts_blocks(job->group[i].rows, job->block);
-        if ((!g->G || routed >= EXPERTS_MIN_ITEMS) &&
-            (!g->S || experts_blocks(g->N, job->block) >= EXPERTS_MIN_ITEMS))
+            routed += experts_blocks(job, job->group[i].rows);
+        if ((!g->G || routed >= least) && (!g->S || experts_blocks(job, g->N) >= least))
             break;
     }
 }
@@ -177,7 +187,7 @@ static int64_t experts_plan_blocks(experts_job *job, double *work)
     for (int64_t i = 0; i < job->g->G; i++) {
         experts_group *e = job->group + i;
         e->item0 = items;
-        e->items = experts_blocks(e->rows, job->block);
+        e->items = experts_blocks(job, e->rows);
         items += e->items;
         *work += (double)e->rows * (double)e->F * (double)job->g->D;
     }
@@ -198,7 +208,7 @@ static double experts_shared_work(const experts_job *job)
 static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **scratch)
 {
     const pm_experts_args *g = job->g;
-    const pm_compute kind = job->kind = ctx->backend->compute;
+    const product_kind kind = job->kind = product_kind_of(ctx);
     int64_t groups = g->G + g->S, plan_rows = g->G ? g->R : 0;
     job->group = pm_take(scratch, (size_t)groups * sizeof(experts_group));
     char *up_scratch = g->up.derived ? NULL : pm_take(scratch, experts_packed_bytes(kind, g));
@@ -271,7 +281,7 @@ static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0
 }
 
 /* Stores PM_WIDTH numbers at the numbers at.. of a left operand. */
-static inline void experts_put(pm_compute kind, product_word *row, int64_t at, vf x)
+static inline void experts_put(product_kind kind, product_word *row, int64_t at, vf x)
 {
     if (kind == PM_FP32)
         v_store(row + at, x);
@@ -281,7 +291,7 @@ static inline void experts_put(pm_compute kind, product_word *row, int64_t at, v
 
 /* h = gelu(tile + bias); the pre-activation is kept when there will be a backward. */
 typedef struct {
-    pm_compute kind;
+    product_kind kind;
     const float *bias; /* (F) */
     float *pre;        /* (rows, F) */
     product_word *h;   /* (rows) left operands of F numbers */
@@ -292,7 +302,12 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
                                    float *tile)
 {
     const experts_up *t = arg;
-    for (int64_t j = 0; j < n; j += PM_WIDTH) {
+    for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
+        if (j >= n) { /* the zeros behind a row */
+            for (int i = 0; i < m; i++)
+                experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_zero());
+            continue;
+        }
         vf bias = v_get(t->bias + col0 + j, n - j);
         for (int i = 0; i < m; i++) {
             vf x = v_load(tile + i * PM_NR + j) + bias;
@@ -305,15 +320,15 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
 
 /* tile = dh: h = gelu(pre), dot += dh * h, dpre = weight * dh * gelu'(pre). */
 typedef struct {
-    pm_compute kind;
+    product_kind kind;
     const float *pre, *weight; /* (rows, F); (rows) or NULL */
     int64_t ld_pre;
     product_word *dpre; /* (rows) left operands of F numbers, at distance ld */
     int64_t ld;
     const product_side *dpre_side, *h_side; /* the rows begin at row0 */
     int64_t row0;
-    float *sum;      /* (F) += sum of dpre over the rows */
-    vf dot[PM_ROWS]; /* lanes of <dh, h> of each row */
+    float *sum;                /* (F) += sum of dpre over the rows */
+    vf dot[PRODUCT_MOST_ROWS]; /* lanes of <dh, h> of each row */
 } experts_hidden;
 
 /* One row's columns col ..; left of them are there. */
@@ -328,7 +343,6 @@ static inline vf experts_hidden_row(experts_hidden *t, int64_t row, int64_t col,
     vf dpre = dh * slope;
     if (t->weight)
         dpre *= v_set(t->weight[row]);
-    experts_put(t->kind, t->dpre + row * t->ld, col, dpre);
     return dpre;
 }
 
@@ -347,10 +361,15 @@ static inline void experts_hidden_tile(void *arg, int64_t row0, int m, int64_t c
                     dpre[1] = experts_hidden_row(t, row0 + i + 1, col, left,
                                                  tile + (i + 1) * PM_NR + j, &h[1]);
             }
+            experts_put(t->kind, t->dpre + (row0 + i) * t->ld, col, dpre[0]);
+            if (i + 1 < m)
+                experts_put(t->kind, t->dpre + (row0 + i + 1) * t->ld, col, dpre[1]);
             product_side_put(t->kind, t->dpre_side, t->row0 + row0 + i, col, dpre[0], dpre[1]);
             product_side_put(t->kind, t->h_side, t->row0 + row0 + i, col, h[0], h[1]);
             sum += dpre[0] + dpre[1];
         }
+        product_side_close(t->kind, t->dpre_side, t->row0 + row0, m, col);
+        product_side_close(t->kind, t->h_side, t->row0 + row0, m, col);
         if (left > 0)
             v_put(t->sum + col, v_get(t->sum + col, left) + sum, left);
     }
@@ -394,7 +413,7 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
     experts_up up = {job->kind, e->up_bias, pre, h, e->ld_pre, experts_ld(e->F)};
     product_block(job->kind, m, x, job->g->D, e->F, e->up, 0, product_panels(e->F), experts_up_tile,
                   &up, (product_target){pre, e->ld_pre});
-    const product_word *rows[PM_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     for (int64_t i = 0; i < m; i++)
         rows[i] = h + i * up.ld;
     product_block(job->kind, m, rows, e->F, job->g->D, e->down, 0, product_panels(job->g->D),
@@ -405,10 +424,10 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item),
-            m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(job->kind, e->rows, e->items, item),
+            m = experts_cut(job->kind, e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0;
-    const product_word *x[PM_ROWS];
+    const product_word *x[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
         x[i] = product_row(job->kind, g->x + g->row_token[r0 + i] * g->D, g->D, &room);
@@ -419,10 +438,10 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 static void experts_forward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item),
-            m = experts_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(job->kind, g->N, job->items, item),
+            m = experts_cut(job->kind, g->N, job->items, item + 1) - n0;
     experts_gather(job, n0, n0 + m);
-    const product_word *x[PM_ROWS];
+    const product_word *x[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
         x[i] = product_row(job->kind, g->x + (n0 + i) * g->D, g->D, &room);
@@ -441,7 +460,7 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
     double work;
     int64_t blocks = experts_plan_blocks(&job, &work);
     experts_run(ctx, &job, blocks, 2 * work, experts_forward_plan);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(&job, g->N), 2 * experts_shared_work(&job),
                 experts_forward_tokens);
     return PM_OK;
 }
@@ -473,7 +492,7 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
                   experts_hidden_tile, hidden, (product_target){0});
     if (!job->out)
         return;
-    const product_word *dpre[PM_ROWS];
+    const product_word *dpre[PRODUCT_MOST_ROWS];
     for (int64_t i = 0; i < m; i++)
         dpre[i] = room + i * hidden->ld;
     product_block(job->kind, m, dpre, e->F, job->g->D, e->up, 0, product_panels(job->g->D),
@@ -498,13 +517,13 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item),
-            m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(job->kind, e->rows, e->items, item),
+            m = experts_cut(job->kind, e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
-    const float *dy[PM_ROWS], *x[PM_ROWS];
-    const product_word *rows[PM_ROWS];
+    const float *dy[PRODUCT_MOST_ROWS], *x[PRODUCT_MOST_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
-    float from_bias[PM_ROWS]; /* <dy, down_bias> */
+    float from_bias[PRODUCT_MOST_ROWS]; /* <dy, down_bias> */
     for (int64_t i = 0; i < m; i++) {
         dy[i] = job->d->dy + g->row_token[r0 + i] * D;
         x[i] = g->x + g->row_token[r0 + i] * D;
@@ -526,10 +545,10 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
 static void experts_backward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item),
-            m = experts_cut(g->N, job->items, item + 1) - n0;
-    const float *dy[PM_ROWS], *x[PM_ROWS];
-    const product_word *rows[PM_ROWS];
+    int64_t n0 = experts_cut(job->kind, g->N, job->items, item),
+            m = experts_cut(job->kind, g->N, job->items, item + 1) - n0;
+    const float *dy[PRODUCT_MOST_ROWS], *x[PRODUCT_MOST_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++) {
         dy[i] = job->d->dy + (n0 + i) * g->D;
@@ -553,11 +572,11 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 /* The tasks of dup and ddown of a group. */
 static product_wgrad_grid experts_up_grid(const experts_job *job, const experts_group *e)
 {
-    return product_wgrad_grid_of(e->F, job->g->D, e->rows, job->work);
+    return product_wgrad_grid_of(job->kind, e->F, job->g->D, e->rows, job->work);
 }
 static product_wgrad_grid experts_down_grid(const experts_job *job, const experts_group *e)
 {
-    return product_wgrad_grid_of(job->g->D, e->F, e->rows, job->work);
+    return product_wgrad_grid_of(job->kind, job->g->D, e->F, e->rows, job->work);
 }
 
 /* A share of dup, or of ddown, of one group, and of the bias. The shared groups, which have the most
@@ -593,13 +612,13 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
 static void experts_place_sides(experts_job *job, void **scratch)
 {
     const pm_experts_args *g = job->g;
-    const pm_compute kind = job->kind;
-    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
-    const int64_t plan_blocks = experts_most_blocks(plan_rows, g->G),
-                  blocks = experts_most_blocks(rows, 1);
+    const product_kind kind = job->kind;
+    const int64_t plan_rows = experts_plan_rows(kind, g), rows = experts_shared_rows(g);
+    const int64_t plan_blocks = experts_most_blocks(kind, plan_rows, g->G),
+                  blocks = experts_most_blocks(kind, rows, 1);
     job->plan.x = product_side_take(kind, plan_rows, g->D, true, scratch);
-    job->plan.dy = product_side_take(kind, plan_rows, g->D, true, scratch);
-    const product_side dpre = product_side_take(kind, plan_rows, g->W, true, scratch),
+    job->plan.dy = product_side_take_left(kind, plan_rows, g->D, true, scratch);
+    const product_side dpre = product_side_take_left(kind, plan_rows, g->W, true, scratch),
                        h = product_side_take(kind, plan_rows, g->W, true, scratch);
     float *sums = pm_take(scratch, (size_t)(plan_blocks * (g->D + g->W)) * 4);
     job->plan.dy_sums = sums;
@@ -611,22 +630,22 @@ static void experts_place_sides(experts_job *job, void **scratch)
         e->h = h;
         e->side0 = side0;
         e->block0 = block0;
-        e->blocks = experts_blocks(e->rows, job->block);
+        e->blocks = experts_blocks(job, e->rows);
         e->dpre_sums = sums;
-        side0 += product_even(e->rows);
+        side0 += product_side_rows(kind, e->rows);
         block0 += e->blocks;
         sums += e->blocks * e->F;
     }
     job->tokens.x = product_side_take(kind, rows, g->D, true, scratch);
-    job->tokens.dy = product_side_take(kind, rows, g->D, true, scratch);
+    job->tokens.dy = product_side_take_left(kind, rows, g->D, true, scratch);
     sums = pm_take(scratch, (size_t)(blocks * (g->D + g->S * g->Z)) * 4);
     job->tokens.dy_sums = sums;
     sums += blocks * g->D;
     for (experts_group *e = job->group + g->G; e < job->group + g->G + g->S; e++) {
         e->sides = &job->tokens;
-        e->dpre = product_side_take(kind, rows, g->Z, true, scratch);
+        e->dpre = product_side_take_left(kind, rows, g->Z, true, scratch);
         e->h = product_side_take(kind, rows, g->Z, true, scratch);
-        e->blocks = experts_blocks(e->rows, job->block);
+        e->blocks = experts_blocks(job, e->rows);
         e->dpre_sums = sums;
         sums += e->blocks * e->F;
     }
@@ -646,7 +665,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     int64_t used = g->G ? g->row_off[g->G] : 0;
     if (d->drow_weight && g->R > used)
         memset(d->drow_weight + used, 0, (size_t)(g->R - used) * 4);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), 2 * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(&job, g->N), 2 * experts_shared_work(&job),
                 experts_backward_tokens);
 
     if (!d->dup && !d->dup_bias && !d->ddown && !d->ddown_bias)
