@@ -185,8 +185,6 @@ static inline void product_amx_block(product_kind kind, int64_t m, const product
     const int64_t words = product_words(kind, k), blocks = words / PRODUCT_AMX_ROWS;
     const int64_t ld = m > 1 ? a[1] - a[0] : 0;
     const int64_t slices = pm_blocks(m, PRODUCT_AMX_SIDE);
-    const int64_t lines =
-        pm_blocks(PRODUCT_AMX_ROWS * PM_NR * (int64_t)sizeof(product_word) / 64, pm_max(1, slices));
     product_amx_begin(kind);
     for (int64_t p = p0; p < p1; p++) {
         const product_word *panel = panels + p * PM_NR * words;
