@@ -50,11 +50,11 @@ typedef struct {
     const char *at[2];
     int64_t lines;
 } product_amx_fetch;
-static inline void product_amx_ahead(product_amx_fetch *fetch)
+static inline void product_amx_ahead(const char *at[2], int64_t lines)
 {
-    for (int64_t l = 0; l < fetch->lines; l++, fetch->at[0] += 64, fetch->at[1] += 64) {
-        __builtin_prefetch(fetch->at[0], 0, 2);
-        __builtin_prefetch(fetch->at[1], 0, 2);
+    for (int64_t l = 0; l < lines; l++, at[0] += 64, at[1] += 64) {
+        __builtin_prefetch(at[0], 0, 2);
+        __builtin_prefetch(at[1], 0, 2);
     }
 }
 /* The words of a panel (blocks * 32 lines), a part of them: the i'th of so many. */
@@ -66,19 +66,26 @@ static inline product_amx_fetch product_amx_part(const product_word *panel, int6
     return (product_amx_fetch){{at, at + lines * blocks * 64}, lines};
 }
 
-/* c[i][0..32) = or += the sum over blocks of 32 numbers of left rows i < 32 (or 16) by a panel. */
-typedef void (*product_amx_tile_fn)(int64_t blocks, product_amx_left left,
+/* (Both go by pointer: a copy of them would be loaded as vectors from the scalars just stored, and such
+ * a load waits until every store before it has reached the cache.)
+ *
+ * c[i][0..32) = or += the sum over blocks of 32 numbers of left rows i < 32 (or 16) by a panel. */
+typedef void (*product_amx_tile_fn)(int64_t blocks, const product_amx_left *left,
                                     const product_word *panel, float *c, int64_t ldc, bool add,
-                                    product_amx_fetch fetch);
+                                    const product_amx_fetch *fetch);
 
 /* GCC does not know that a tile is loaded from memory. */
 #define PRODUCT_AMX_MEMORY __asm__ volatile("" ::: "memory")
 
-static void product_amx_native(int64_t blocks, product_amx_left left, const product_word *panel,
-                               float *c, int64_t ldc, bool add, product_amx_fetch fetch)
+static void product_amx_native(int64_t blocks, const product_amx_left *left,
+                               const product_word *panel, float *c, int64_t ldc, bool add,
+                               const product_amx_fetch *fetch)
 {
     const int64_t line = PM_NR * (int64_t)sizeof(product_word), row = ldc * (int64_t)sizeof(float);
-    const product_word *a0 = left.half[0], *a1 = left.half[1];
+    const product_word *a0 = left->half[0], *a1 = left->half[1];
+    const int64_t left_row = left->row_bytes, step = left->step;
+    const char *ahead[2] = {fetch->at[0], fetch->at[1]};
+    const int64_t lines = fetch->lines;
     float *const lower = c + PRODUCT_AMX_ROWS * ldc;
     PRODUCT_AMX_MEMORY;
     if (add) {
@@ -89,13 +96,13 @@ static void product_amx_native(int64_t blocks, product_amx_left left, const prod
         _tile_zero(1);
     }
     if (!a1) {
-        for (int64_t b = 0; b < blocks; b++, a0 += left.step, panel += PRODUCT_AMX_ROWS * PM_NR) {
+        for (int64_t b = 0; b < blocks; b++, a0 += step, panel += PRODUCT_AMX_ROWS * PM_NR) {
             _tile_loadd(6, panel, line);
-            _tile_loadd(4, a0, left.row_bytes);
+            _tile_loadd(4, a0, left_row);
             _tile_loadd(7, panel + PRODUCT_AMX_ROWS, line);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
-            product_amx_ahead(&fetch);
+            product_amx_ahead(ahead, lines);
         }
         _tile_stored(0, c, row);
         _tile_stored(1, c + PRODUCT_AMX_ROWS, row);
@@ -110,16 +117,16 @@ static void product_amx_native(int64_t blocks, product_amx_left left, const prod
     }
     for (int64_t b = 0; b < blocks; b++, panel += PRODUCT_AMX_ROWS * PM_NR) {
         _tile_loadd(6, panel, line);
-        _tile_loadd(4, a0, left.row_bytes);
-        _tile_loadd(5, a1, left.row_bytes);
+        _tile_loadd(4, a0, left_row);
+        _tile_loadd(5, a1, left_row);
         _tile_loadd(7, panel + PRODUCT_AMX_ROWS, line);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
-        product_amx_ahead(&fetch);
-        a0 += left.step;
-        a1 += left.step;
+        product_amx_ahead(ahead, lines);
+        a0 += step;
+        a1 += step;
     }
     _tile_stored(0, c, row);
     _tile_stored(1, c + PRODUCT_AMX_ROWS, row);
@@ -146,22 +153,23 @@ static inline vf product_amx_emulated_row(int64_t blocks, const product_word *a,
     return sum;
 }
 static __attribute__((noinline)) void product_amx_emulated_sums(int64_t blocks,
-                                                                product_amx_left left,
+                                                                const product_amx_left *left,
                                                                 const product_word *panel, float *c,
                                                                 int64_t ldc, bool add)
 {
-    for (int h = 0; h < 2 && left.half[h]; h++)
+    for (int h = 0; h < 2 && left->half[h]; h++)
         for (int i = 0; i < PRODUCT_AMX_ROWS; i++)
             for (int j = 0; j < PM_NR; j += PM_WIDTH) {
-                const product_word *a = left.half[h] +
-                                        i * left.row_bytes / (int64_t)sizeof(product_word);
+                const product_word *a = left->half[h] +
+                                        i * left->row_bytes / (int64_t)sizeof(product_word);
                 float *to = c + (h * PRODUCT_AMX_ROWS + i) * ldc + j;
-                v_store(to, product_amx_emulated_row(blocks, a, left.step, panel + j,
+                v_store(to, product_amx_emulated_row(blocks, a, left->step, panel + j,
                                                      add ? v_load(to) : v_zero()));
             }
 }
-static void product_amx_emulated(int64_t blocks, product_amx_left left, const product_word *panel,
-                                 float *c, int64_t ldc, bool add, product_amx_fetch fetch)
+static void product_amx_emulated(int64_t blocks, const product_amx_left *left,
+                                 const product_word *panel, float *c, int64_t ldc, bool add,
+                                 const product_amx_fetch *fetch)
 {
     (void)fetch;
     const unsigned mode = v_flush_denormals();
@@ -197,8 +205,8 @@ static inline void product_amx_block(product_kind kind, int64_t m, const product
                 {x, rows > PRODUCT_AMX_ROWS ? x + PRODUCT_AMX_ROWS * ld : NULL},
                 ld * (int64_t)sizeof(product_word),
                 PRODUCT_AMX_ROWS};
-            multiply(blocks, left, panel, tile, PM_NR, false,
-                     product_amx_part(next, blocks, s, slices));
+            const product_amx_fetch fetch = product_amx_part(next, blocks, s, slices);
+            multiply(blocks, &left, panel, tile, PM_NR, false, &fetch);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
     }
@@ -248,14 +256,14 @@ static void product_amx_wgrad(product_kind kind, const product_side *left,
                         pm_blocks(share.f1 - share.f0, PRODUCT_AMX_SIDE));
                 float *c = dw + f * ldw + d;
                 if (high == PRODUCT_AMX_SIDE && wide == PM_NR) {
-                    multiply(n, x, panel, c, ldw, true, fetch);
+                    multiply(n, &x, panel, c, ldw, true, &fetch);
                     continue;
                 }
                 for (int64_t i = 0; i < PRODUCT_AMX_SIDE; i++)
                     for (int64_t j = 0; j < PM_NR; j += PM_WIDTH)
                         v_store(edge + i * PM_NR + j,
                                 i < high && j < wide ? v_get(c + i * ldw + j, wide - j) : v_zero());
-                multiply(n, x, panel, edge, PM_NR, true, fetch);
+                multiply(n, &x, panel, edge, PM_NR, true, &fetch);
                 for (int64_t i = 0; i < high; i++)
                     for (int64_t j = 0; j < wide; j += PM_WIDTH)
                         v_put(c + i * ldw + j, v_load(edge + i * PM_NR + j), wide - j);
