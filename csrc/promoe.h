@@ -238,9 +238,9 @@ struct pm_backend {
 #undef PM_OP
 };
 
-/* The CPU backend at a level ("generic", "avx2", "avx512", "amx"), or at the best one that this CPU has and
- * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent, or
- * cannot compute so. */
+/* The CPU backend at a level ("generic", "avx2", "avx512", "amx"), or at the best one that this CPU
+ * has and PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or
+ * absent, or cannot compute so. */
 const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *message,
                                  size_t message_bytes);
 

@@ -90,8 +90,7 @@ static const pm_backend *compute_at(int level, pm_compute compute, char *message
     }
     snprintf(message, message_bytes,
              "compute = 'bf16' needs a CPU with AVX512_BF16 and the level amx or avx512; %s. Use "
-             "'fp32', "
-             "which is faster here, or 'bf16-emulated' for the same results, slowly",
+             "'fp32', which is faster here, or 'bf16-emulated' for the same results, slowly",
              backend ? "this CPU does not have it" : "this is another level");
     return NULL;
 }
