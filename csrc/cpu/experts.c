@@ -322,14 +322,6 @@ typedef struct {
     int64_t ld_gate;
 } experts_up;
 
-/* The zeros behind rows of h, to the end of the panel. */
-static inline void experts_up_end(const experts_up *t, int64_t row0, int m, int64_t col0, int64_t n)
-{
-    for (int64_t j = pm_blocks(n, PM_WIDTH) * PM_WIDTH; j < PM_NR; j += PM_WIDTH)
-        for (int i = 0; i < m; i++)
-            experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_zero());
-}
-
 static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
                                    float *tile)
 {
@@ -343,7 +335,6 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
             experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_gelu(x));
         }
     }
-    experts_up_end(t, row0, m, col0, n);
 }
 
 /* swiglu, the gate: tile + bias, kept for experts_pair_tile. */
@@ -380,7 +371,6 @@ static inline void experts_pair_tile(void *arg, int64_t row0, int m, int64_t col
             experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_silu(gate) * x);
         }
     }
-    experts_up_end(t, row0, m, col0, n);
 }
 
 /* tile = dh: h from pre, dot += dh * h, dpre = weight * dh * dh/dpre. Halves: those of dpre. */
@@ -519,8 +509,11 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
                       (product_target){up.pre, e->ld_pre});
     }
     const product_word *rows[PRODUCT_MOST_ROWS];
-    for (int64_t i = 0; i < m; i++)
-        rows[i] = h + i * up.ld;
+    for (int64_t i = 0; i < m; i++, h += up.ld) {
+        rows[i] = h;
+        for (int64_t j = pm_blocks(F, PM_WIDTH) * PM_WIDTH; j < panels * PM_NR; j += PM_WIDTH)
+            experts_put(job->kind, h, j, v_zero()); /* behind the last vector */
+    }
     product_block(job->kind, m, rows, F, D, e->down, 0, product_panels(D), experts_out_tile, out,
                   (product_target){out->out, out->ld});
 }
