@@ -285,6 +285,33 @@ static const product_word *product_backward_of(pm_ctx *ctx, pm_weight weight, in
 #define PRODUCT_ADD_bf16(t, a, b) v_dot(a, b, t)
 #define PRODUCT_ADD_emulated(t, a, b) v_dot_emulated(a, b, t)
 
+/* The row i of a tile: t[0..1] += its word *a times b0 and b1. A product is bound by the multiply-adds,
+ * two a cycle, if the core can issue everything else besides: where two threads share a core, or the
+ * machine has a neighbour, it hardly can. So the depth is unrolled, and with AVX-512 every third row's
+ * word is not loaded into a register first but broadcast by the multiply-adds themselves, which takes
+ * less instructions and more loads. */
+#define PRODUCT_ROW(kind, t, a, b0, b1)                                                            \
+    do {                                                                                           \
+        const vf x = v_set(*(a));                                                                  \
+        (t)[0] = PRODUCT_ADD_##kind((t)[0], x, b0);                                                \
+        (t)[1] = PRODUCT_ADD_##kind((t)[1], x, b1);                                                \
+    } while (0)
+#define PRODUCT_ROW_bf16(i, t, a, b0, b1) PRODUCT_ROW(bf16, t, a, b0, b1)
+#define PRODUCT_ROW_emulated(i, t, a, b0, b1) PRODUCT_ROW(emulated, t, a, b0, b1)
+#if PM_WIDTH == 16 && defined(__AVX512F__)
+#define PRODUCT_ROW_fp32(i, t, a, b0, b1)                                                          \
+    do {                                                                                           \
+        if ((i) % 3 != 1) {                                                                        \
+            PRODUCT_ROW(fp32, t, a, b0, b1);                                                       \
+        } else {                                                                                   \
+            __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"((t)[0]) : "v"(b0), "m"(*(a)));        \
+            __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"((t)[1]) : "v"(b1), "m"(*(a)));        \
+        }                                                                                          \
+    } while (0)
+#else
+#define PRODUCT_ROW_fp32(i, t, a, b0, b1) PRODUCT_ROW(fp32, t, a, b0, b1)
+#endif
+
 /* c[i][0..PM_NR) = or += sum over kk < k words of a[i][kk] * panel[kk][0..PM_NR), i < m <= PM_MR.
  * tile: row i of c is at c + i*ldc. ahead: c is a tile, and meanwhile the bytes from ahead on are
  * fetched into L2, step per kk: the caller's next panel. */
@@ -316,15 +343,12 @@ static const product_word *product_backward_of(pm_ctx *ctx, pm_weight weight, in
             t[i][0] = add ? v_load(c + i * ldc) : v_zero();                                        \
             t[i][1] = add ? v_load(c + i * ldc + PM_WIDTH) : v_zero();                             \
         }                                                                                          \
-        for (int64_t kk = 0; kk < k; kk++) {                                                       \
+        _Pragma("GCC unroll 4") for (int64_t kk = 0; kk < k; kk++)                                 \
+        {                                                                                          \
             vf b0 = v_load(panel + kk * PM_NR), b1 = v_load(panel + kk * PM_NR + PM_WIDTH);        \
             PRODUCT_##form##_FETCH                                                                 \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
-            {                                                                                      \
-                vf x = v_set(r[i][kk]);                                                            \
-                t[i][0] = PRODUCT_ADD_##kind(t[i][0], x, b0);                                      \
-                t[i][1] = PRODUCT_ADD_##kind(t[i][1], x, b1);                                      \
-            }                                                                                      \
+                PRODUCT_ROW_##kind(i, t[i], r[i] + kk, b0, b1);                                    \
         }                                                                                          \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \

@@ -217,11 +217,7 @@ typedef struct {
             fetch.left += fetch.left_step;                                                         \
             fetch.right += fetch.right_step;                                                       \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
-            {                                                                                      \
-                vf a = v_set(left[i]);                                                             \
-                t[i][0] = PRODUCT_ADD_##kind(t[i][0], a, b0);                                      \
-                t[i][1] = PRODUCT_ADD_##kind(t[i][1], a, b1);                                      \
-            }                                                                                      \
+                PRODUCT_ROW(kind, t[i], left + i, b0, b1);                                         \
         }                                                                                          \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \
