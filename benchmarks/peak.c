@@ -1,12 +1,18 @@
-/* peak.c: what this machine can do at most, for benchmarks/peak.py: fused multiply-adds per second from
+/* peak.c: what this machine can do at most, for benchmarks/peak.py: multiply-adds per second from
  * registers, and bytes per second from memory. Compiled per instruction-set level with -DWIDTH=floats of
- * a vector; no intrinsics, so the same source serves every CPU that the compiler knows. */
+ * a vector; no intrinsics, so the same source serves every CPU that the compiler knows. Those of bf16 are
+ * the exception: -DDOT is vdpbf16ps of AVX512_BF16, -DTILES is tdpbf16ps of AMX. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
+#if defined(DOT) || defined(TILES)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 
@@ -18,7 +24,9 @@ typedef float vf __attribute__((vector_size(4 * WIDTH)));
 #define IN_REGISTER(v) __asm__ volatile("" : "+m"(v))
 #endif
 
-enum { CHAINS = 12 }; /* two units, latency 4, and some to spare; with the operands it fits 16 registers */
+enum {
+    CHAINS = 12
+}; /* two units, latency 4, and some to spare; with the operands it fits 16 registers */
 enum { PAGE = 1 << 21 };
 
 enum { FMA, READ, UPDATE };
@@ -40,6 +48,76 @@ static double now(clockid_t clock)
 
 static double first(vf v) { return (double)v[0]; }
 
+#if defined(TILES)
+
+/* Each round: the products of four tiles of sums, as in csrc/cpu/product_amx.h; the sums grow slowly. */
+#define OPERATIONS (4 * 2 * 16 * 16 * 32)
+
+static double fma_rounds(int64_t rounds)
+{
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } registers = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    uint16_t operand[16][32] __attribute__((aligned(64)));
+    float sum[16][16] __attribute__((aligned(64)));
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 32; j++)
+            operand[i][j] = (uint16_t)(0x3c00 + 37 * i + 11 * j); /* bf16, 0.008 .. 0.2 */
+    _tile_loadconfig(&registers);
+    __asm__ volatile("" ::: "memory");
+    _tile_loadd(4, operand, 64);
+    _tile_loadd(5, operand, 64);
+    _tile_loadd(6, operand, 64);
+    _tile_loadd(7, operand, 64);
+    for (int64_t n = 0; n < rounds; n++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sum, 64);
+    _tile_release();
+    return (double)sum[0][0];
+}
+
+/* Linux grants tile registers to a process that asks for them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA. */
+static int ready(void) { return !syscall(SYS_arch_prctl, 0x1023, 18); }
+
+#elif defined(DOT)
+
+/* Each round: one dot product of pairs per chain. */
+#define OPERATIONS (4 * 16 * CHAINS)
+
+static double fma_rounds(int64_t rounds)
+{
+    __m512 a[CHAINS];
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3c003c11),
+                   y = (__m512bh)_mm512_set1_epi32(0x3c223c33);
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++)
+        a[i] = _mm512_set1_ps(1.0f + 0.01f * (float)i);
+    for (int64_t n = 0; n < rounds; n++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) {
+            a[i] = _mm512_dpbf16_ps(a[i], x, y);
+            IN_REGISTER(a[i]);
+        }
+    }
+    double sum = 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++)
+        sum += (double)a[i][0];
+    return sum;
+}
+
+static int ready(void) { return 1; }
+
+#else
+
+#define OPERATIONS (2 * WIDTH * CHAINS)
+
 /* Each round: one a = a * x + y per chain. Values stay normal numbers near 1. */
 static double fma_rounds(int64_t rounds)
 {
@@ -58,10 +136,15 @@ static double fma_rounds(int64_t rounds)
     }
     double sum = 0;
 #pragma GCC unroll 12
-    for (int i = 0; i < CHAINS; i++) /* unrolled as well: an index would keep the chains in memory */
+    for (int i = 0; i < CHAINS;
+         i++) /* unrolled as well: an index would keep the chains in memory */
         sum += first(a[i]);
     return sum;
 }
+
+static int ready(void) { return 1; }
+
+#endif
 
 static double read_memory(const float *memory, int64_t count)
 {
@@ -133,11 +216,14 @@ static double measure(int what, int threads, int64_t count, float *memory, doubl
 }
 
 /* Operations per second (a multiply-add is two) of one measurement of so many rounds; *cpu: the same by CPU
- * time. */
+ * time. Negative: no memory, or no tile registers. */
 double peak_fma(int threads, int64_t rounds, double *cpu)
 {
-    return measure(FMA, threads, rounds, NULL, 2.0 * WIDTH * CHAINS * (double)rounds, cpu);
+    return ready() ? measure(FMA, threads, rounds, NULL, (double)OPERATIONS * (double)rounds, cpu)
+                   : -1;
 }
+/* Operations of a round. */
+double peak_operations(void) { return OPERATIONS; }
 
 /* Memory for the two below: floats per thread, touched by the threads, on huge pages where there are
  * some. NULL: none. */

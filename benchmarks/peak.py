@@ -2,7 +2,8 @@
 
     python benchmarks/peak.py [--threads 2] [--level avx512]
 
-`peak.c` is compiled on the fly, at the level that promoe runs. Two figures each: by the clock on the wall, which is what
+`peak.c` is compiled on the fly, at the level that promoe runs; for bf16, with the instructions that its products
+use there. Two figures each: by the clock on the wall, which is what
 counts on a machine that is alone, and by CPU time, for a rough idea of shares on one that is not.
 """
 
@@ -22,22 +23,31 @@ sys.path.insert(0, str(ROOT))
 
 SOURCE = Path(__file__).with_name("peak.c")
 FLAGS = {
+    "amx": ["-DWIDTH=16", "-mavx512f", "-mfma", "-mprefer-vector-width=512"],
     "avx512": ["-DWIDTH=16", "-mavx512f", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-DWIDTH=8", "-mavx2", "-mfma"],
     "generic": ["-DWIDTH=4"],
+}
+BF16_FLAGS = {  # beside those of fp32
+    "amx": ["-DTILES", "-mamx-tile", "-mamx-bf16"],
+    "avx512": ["-DDOT", "-mavx512bf16"],
 }
 FLOATS = 16 << 20  # per thread: 64 MiB, beyond the caches
 SECONDS = 0.03  # of one measurement of the FMA peak
 
 
 @cache
-def _library(level):
+def _library(level, compute="fp32"):
     if level not in FLAGS:
         raise ValueError(f"peak: level {level!r}; there are {', '.join(FLAGS)}")
+    if compute != "fp32" and (compute != "bf16" or level not in BF16_FLAGS):
+        raise ValueError(f"peak: compute {compute!r} at level {level!r}; there is 'fp32', and 'bf16' at "
+                         f"{', '.join(BF16_FLAGS)}")
+    flags = FLAGS[level] + (BF16_FLAGS[level] if compute == "bf16" else [])
     cc = os.environ.get("CC", "cc").split()
-    command = [*cc, "-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", *FLAGS[level]]
+    command = [*cc, "-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", *flags]
     key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    path = ROOT / "build" / "peak" / f"{level}-{key}.so"
+    path = ROOT / "build" / "peak" / f"{level}-{compute}-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -48,6 +58,7 @@ def _library(level):
     library.peak_memory.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.peak_free.argtypes = [ctypes.c_void_p]
     seconds = ctypes.POINTER(ctypes.c_double)
+    library.peak_operations.restype = ctypes.c_double
     library.peak_fma.restype = library.peak_read.restype = library.peak_update.restype = ctypes.c_double
     library.peak_fma.argtypes = [ctypes.c_int, ctypes.c_int64, seconds]
     library.peak_read.argtypes = library.peak_update.argtypes = [
@@ -75,25 +86,23 @@ def _median(measure, *arguments, times):
     for _ in range(times):
         wall = measure(*arguments, ctypes.byref(cpu))
         if wall < 0:
-            raise MemoryError("peak: no memory for the threads")
+            raise MemoryError("peak: no memory for the threads, or no tile registers")
         rates.append(Rate(wall, cpu.value))
     return Rate(*(statistics.median(column) for column in zip(*rates)))
 
 
 @cache
-def _rounds(level):
+def _rounds(level, compute):
     """Of a measurement of SECONDS."""
-    trial = 10_000
-    rate = _median(_library(level).peak_fma, 1, trial, times=5).cpu
-    width, chains = int(FLAGS[level][0].split("=")[1]), 12
-    return int(SECONDS * rate / (2 * width * chains))
+    library = _library(level, compute)
+    rate = _median(library.peak_fma, 1, 10_000, times=5).cpu
+    return int(SECONDS * rate / library.peak_operations())
 
 
 def fma(level, threads, compute="fp32", times=3):
-    """Operations per second, a multiply-add counted as two: the median of `times` short measurements."""
-    if compute != "fp32":
-        raise ValueError(f"peak: there is no measurement of {compute} products yet")
-    return _median(_library(level).peak_fma, threads, _rounds(level), times=times)
+    """Operations per second of the products of a compute, a multiply-add counted as two: the median of `times`
+    short measurements."""
+    return _median(_library(level, compute).peak_fma, threads, _rounds(level, compute), times=times)
 
 
 def bandwidth(level, threads, times=5):
@@ -115,9 +124,15 @@ def main():
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--level", choices=FLAGS, default=level)
     a = parser.parse_args()
-    speeds = bandwidth(a.level, a.threads) | {"FMA": fma(a.level, a.threads, times=9)}
-    for name, unit in (("FMA", "GFLOP/s"), ("read", "GB/s"), ("update", "GB/s")):
-        rate = speeds[name]
+    import promoe
+
+    computes = promoe.backend_info()["computes"] if a.level == level else ["fp32"]
+    speeds = {"FMA": fma(a.level, a.threads, times=9)}
+    if "bf16" in computes:
+        speeds["bf16"] = fma(a.level, a.threads, "bf16", times=9)
+    speeds |= bandwidth(a.level, a.threads)
+    for name, rate in speeds.items():
+        unit = "GB/s" if name in ("read", "update") else "GFLOP/s"
         print(f"{a.level}, {a.threads} threads: {name:<6} {rate.wall / 1e9:7.1f} {unit}  "
               f"(by CPU time {rate.cpu / 1e9:.1f})")
 

@@ -190,9 +190,10 @@ typedef enum { PM_FP32, PM_BF16, PM_BF16_EMULATED, PM_TF32, PM_COMPUTES } pm_com
  * write has taken the host's bytes when it returns; read waits. */
 struct pm_backend {
     const char *name;  /* "cpu" */
-    const char *level; /* instruction set: "generic", "avx2", "avx512"; of a GPU "sm_90" */
+    const char *level; /* instruction set: "generic", "avx2", "avx512", "amx"; of a GPU "sm_90" */
     const char *model; /* of a GPU: its name, memory and driver; NULL on a CPU */
     pm_compute compute;
+    int products;     /* its own affair: by which instructions (cpu/product.h) */
     bool host;        /* its memory is host memory that callers may look at between calls */
     size_t act_bytes; /* of a number of an activation: 4 (float), or 2 (bf16; not a host's) */
 
@@ -237,9 +238,9 @@ struct pm_backend {
 #undef PM_OP
 };
 
-/* The CPU backend at a level ("generic", "avx2", "avx512"), or at the best one that this CPU has and
- * PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or absent, or
- * cannot compute so. */
+/* The CPU backend at a level ("generic", "avx2", "avx512", "amx"), or at the best one that this CPU
+ * has and PROMOE_CPU allows when level is NULL. NULL, with a message, when the level is unknown or
+ * absent, or cannot compute so. */
 const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *message,
                                  size_t message_bytes);
 

@@ -40,8 +40,8 @@ def examine():
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "requires": {name: _version(name) for name in ("numpy", "safetensors", "tqdm")},
         "extras": {name: _version(name) for name in EXTRAS},
-        "cpu": info.get("cpu"), "level": info["level"], "threads": promoe.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": info.get("cpu"), "level": info["level"], "amx": _core._lacks("amx"),
+        "threads": promoe.get_num_threads(), "cpus": len(os.sched_getaffinity(0)),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "memory": _memory(),
         "huge_pages": _huge_pages(),
@@ -62,6 +62,7 @@ def report(found):
              f"system        {found['system']}",
              f"cpu           {found['cpu']}",
              f"instructions  {found['level']}",
+             f"amx           {'no: ' + found['amx'] if found['amx'] else 'yes'}",
              f"threads       {found['threads']} (this process may use {found['cpus']} CPUs)"]
     lines += [f"              {name}={value}" for name, value in found["environment"].items()]
     if found["memory"]:

@@ -269,10 +269,10 @@ class Model:
         an error that says why, never another device.
     compute : str
         What products multiply: "fp32"; "bf16": operands are rounded to bfloat16 and summed in
-        float32, on a GPU or a CPU with AVX512_BF16; "bf16-emulated": the same results on any CPU, no
-        faster than "fp32"; "tf32": operands are rounded to 11 bits, on a GPU. Weights, moments, the
-        residual stream and the router's products stay float32; so do the other activations, but on
-        a GPU in "bf16".
+        float32, on a GPU or a CPU with AMX_BF16 or AVX512_BF16; "bf16-emulated": the results of such a
+        CPU on any other, no faster than "fp32"; "tf32": operands are rounded to 11 bits, on a GPU.
+        Weights, moments, the residual stream and the router's products stay float32; so do the other
+        activations, but on a GPU in "bf16".
     objective : RectifiedFlow, optional
         What `accumulate` trains for.
 

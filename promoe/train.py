@@ -202,9 +202,17 @@ def start(folder, run):
 
 def say_where(manifest, model, path):
     """A warning when the run goes on where its bits will differ: another device or instruction set."""
-    before, now = ((f"{where['level']}" if where["device"] == "cpu" else
-                    f"{where['device']} ({where['level']})")
-                   for where in (manifest, {"device": model.device, "level": model.level}))
-    if before != now:
+    places = manifest, {"device": model.device, "level": model.level, "compute": model.compute}
+    if bits_of(places[0]) != bits_of(places[1]):
+        before, now = (place["level"] if place["device"] == "cpu" else f"{place['device']} ({place['level']})"
+                       for place in places)
         warnings.warn(f"{path} was trained with {before} and goes on with {now}: its last bits will "
                       f"differ from those of an uninterrupted run", stacklevel=3)
+
+
+def bits_of(place):
+    """What decides the last bits of a run: the level amx is avx512 but for its products of bf16."""
+    level = place["level"]
+    if level == "amx" and place["compute"] == "fp32":
+        level = "avx512"
+    return place["device"], level

@@ -1,16 +1,41 @@
 /* cpuid.c: detection, and the two instructions that have no name in C. */
 #include "cpuid.h"
 
+#include "os.h"
+
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
 #endif
 
+#if defined(__x86_64__)
+/* AMX_TILE and AMX_BF16. That the system saves their registers is what it answers when it is asked. */
+static bool has_amx(void)
+{
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE);
+}
+#endif
+
+const char *pm_cpu_lacks(const char *level)
+{
+    if (pm_cpu_has(level))
+        return NULL;
+#if defined(__x86_64__)
+    if (!strcmp(level, "amx") && pm_cpu_has("avx512bf16") && has_amx())
+        return pm_os_refuses_tiles();
+#endif
+    return "this CPU does not have it";
+}
+
 bool pm_cpu_has(const char *level)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (!strcmp(level, "amx"))
+        return pm_cpu_has("avx512bf16") && has_amx() && !pm_os_refuses_tiles();
     if (!strcmp(level, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -5,8 +5,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* level is "generic", "avx2", "avx512", or "avx512bf16": avx512 and the instructions of AVX512_BF16. */
+/* level is "generic", "avx2", "avx512", "avx512bf16" (avx512 and the instructions of AVX512_BF16), or
+ * "amx" (that, AMX_BF16, and a system that lets us use it). */
 bool pm_cpu_has(const char *level);
+/* NULL when it has the level, else why not, in words that go on from "but ". */
+const char *pm_cpu_lacks(const char *level);
 /* The CPU's own words, such as "AMD EPYC 9654"; never NULL. */
 const char *pm_cpu_model(void);
 

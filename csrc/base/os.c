@@ -199,6 +199,27 @@ static int quota_cpus(void)
 }
 #endif
 
+#if defined(__linux__) && defined(__x86_64__)
+static pthread_once_t tiles_once = PTHREAD_ONCE_INIT;
+static char tiles_refused[128];
+
+static void ask_for_tiles(void)
+{
+    enum { REQUEST = 0x1023 /* ARCH_REQ_XCOMP_PERM, Linux 5.16 */, TILE_DATA = 18 };
+    if (syscall(SYS_arch_prctl, REQUEST, TILE_DATA))
+        snprintf(tiles_refused, sizeof tiles_refused,
+                 "the system does not grant its tile registers: %s",
+                 errno == ENOSPC ? "the signal stack of a thread is too small" : strerror(errno));
+}
+const char *pm_os_refuses_tiles(void)
+{
+    pthread_once(&tiles_once, ask_for_tiles);
+    return tiles_refused[0] ? tiles_refused : NULL;
+}
+#else
+const char *pm_os_refuses_tiles(void) { return "this system is not known to have tile registers"; }
+#endif
+
 int pm_os_cpus(void)
 {
 #if defined(__linux__)

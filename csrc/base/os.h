@@ -25,6 +25,10 @@ double pm_os_seconds(void); /* monotonic */
 void pm_os_wait(_Atomic uint32_t *word, uint32_t value);
 void pm_os_wake(_Atomic uint32_t *word);
 
+/* Asks, once per process, that its threads may use the tile registers of AMX; NULL, or why not. From
+ * then on a thread's signal stack must have room for them. */
+const char *pm_os_refuses_tiles(void);
+
 void pm_os_yield(void);
 void pm_os_name_thread(const char *name); /* what top and gdb show; at most 15 characters */
 

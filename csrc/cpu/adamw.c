@@ -8,7 +8,7 @@ enum { ADAMW_AHEAD = 1024 };
 /* What is the same for all elements, worked out in double. */
 typedef struct {
     const pm_adamw_args *g;
-    pm_compute kind;
+    product_kind kind;
     const int64_t *first; /* adamw_cut */
     bool skip;
     float scale;             /* c, of the clip */
@@ -167,7 +167,7 @@ static pm_status adamw_forward(pm_ctx *ctx, const pm_adamw_args *g, void *scratc
     const double clip = h[PM_HYPER_CLIP] / (norm + 1e-6);
     const adamw_job job = {
         .g = g,
-        .kind = ctx->backend->compute,
+        .kind = product_kind_of(ctx),
         .first = scratch,
         .skip = !isfinite(norm),
         .scale = h[PM_HYPER_CLIP] > 0 && clip < 1 ? (float)clip : 1,

@@ -64,12 +64,13 @@ pm_status pm_cpu_sync(pm_ctx *ctx)
 #define LEVEL(name) pm_cpu_##name, pm_cpu_emulated_##name
 extern const pm_backend LEVEL(generic);
 #if defined(__x86_64__)
-extern const pm_backend LEVEL(avx2), LEVEL(avx512), pm_cpu_bf16_avx512;
+extern const pm_backend LEVEL(avx2), LEVEL(avx512), pm_cpu_bf16_avx512, LEVEL(amx), pm_cpu_bf16_amx;
 #endif
 
 /* Best first; [compute], NULL where the level has no such products. */
 static const pm_backend *const levels[][PM_COMPUTES] = {
 #if defined(__x86_64__)
+    {&pm_cpu_amx, &pm_cpu_bf16_amx, &pm_cpu_emulated_amx},
     {&pm_cpu_avx512, &pm_cpu_bf16_avx512, &pm_cpu_emulated_avx512},
     {&pm_cpu_avx2, NULL, &pm_cpu_emulated_avx2},
 #endif
@@ -88,8 +89,8 @@ static const pm_backend *compute_at(int level, pm_compute compute, char *message
         return NULL;
     }
     snprintf(message, message_bytes,
-             "compute = 'bf16' needs a CPU with AVX512_BF16 and the level avx512; %s. Use 'fp32', "
-             "which is faster here, or 'bf16-emulated' for the same results, slowly",
+             "compute = 'bf16' needs a CPU with AVX512_BF16 and the level amx or avx512; %s. Use "
+             "'fp32', which is faster here, or 'bf16-emulated' for the same results, slowly",
              backend ? "this CPU does not have it" : "this is another level");
     return NULL;
 }
@@ -105,13 +106,13 @@ const pm_backend *pm_cpu_backend(const char *level, pm_compute compute, char *me
     if (level && *level) {
         for (int i = 0; i < LEVELS; i++)
             if (!strcmp(levels[i][PM_FP32]->level, level)) {
-                if (pm_cpu_has(level))
+                const char *const lacks = pm_cpu_lacks(level);
+                if (!lacks)
                     return compute_at(i, compute, message, message_bytes);
-                snprintf(message, message_bytes, "%s=%s, but this CPU does not have it", asked_by,
-                         level);
+                snprintf(message, message_bytes, "%s=%s, but %s", asked_by, level, lacks);
                 return NULL;
             }
-        snprintf(message, message_bytes, "%s=%s is not a level: one of generic, avx2, avx512",
+        snprintf(message, message_bytes, "%s=%s is not a level: one of generic, avx2, avx512, amx",
                  asked_by, level);
         return NULL;
     }

@@ -1,6 +1,6 @@
 /* experts: contract in ops/experts.h.
  *
- * Work is cut by rows: a block is at most PM_ROWS rows of one group, which go through the whole
+ * Work is cut by rows: a block is at most product_rows of one group, which go through the whole
  * expert while they are in L2. The plan groups come first and leave a row of D per plan row in
  * scratch; then the block of tokens that owns rows n0..n1 of y gathers what its tokens have there,
  * in the order of tok_row, and adds the shared groups on top. Backward walks the same two steps
@@ -8,13 +8,13 @@
  * (product.h). So every element has one owner, and the order of a sum is that of the plan. */
 
 enum {
-    EXPERTS_MIN_ITEMS = 16,     /* blocks get smaller when there would be fewer, */
-    EXPERTS_LEAST_BLOCK = 2,    /* down to so many slices */
+    EXPERTS_MIN_ITEMS = 16,     /* blocks get smaller when there would be fewer (half, of AMX), */
+    EXPERTS_LEAST_BLOCK = 2,    /* down to so many slices, or one of AMX */
     EXPERTS_TASK_WORK = 250000, /* multiply-adds that are worth a task */
 };
 
-/* Backward: what a block of rows leaves for the weights' gradients. The rows of a plan group begin at
- * an even one. */
+/* Backward: what a block of rows leaves for the weights' gradients. The rows of a plan group begin
+ * where those of a product may. */
 typedef struct {
     product_side x, dy; /* dy times the row's weight */
     float *dy_sums;     /* (blocks, D) */
@@ -44,7 +44,7 @@ typedef void (*experts_item)(const experts_job *job, int64_t item, int worker);
 struct experts_job {
     const pm_experts_args *g;
     const pm_experts_grads *d;
-    pm_compute kind;
+    product_kind kind;
     int halves;           /* 1; swiglu: 2, the gate and up */
     experts_group *group; /* G plan groups, S shared ones */
     int64_t block;        /* slices of a block, at most */
@@ -71,46 +71,53 @@ static inline int experts_halves(const pm_experts_args *g)
 
 /* Bound on the panels of so many matrices, of F hidden units in all: by columns of their widths, or
  * of D. */
-static size_t experts_packed_bytes(pm_compute kind, const pm_experts_args *g, int64_t matrices,
+static size_t experts_packed_bytes(product_kind kind, const pm_experts_args *g, int64_t matrices,
                                    int64_t F)
 {
-    /* one row of words more for each matrix whose contraction is odd */
+    /* each matrix's contraction is filled up with zeros */
     int64_t by_width = (F + matrices * (PM_NR - 1)) * product_words(kind, g->D),
-            by_d = product_packed(kind, g->D, F + matrices);
+            by_d = product_packed(kind, g->D, F + matrices * (product_multiple(kind) - 1));
     return (size_t)pm_max(by_width, by_d) * sizeof(product_word) + (size_t)matrices * 64;
 }
-static size_t experts_up_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_up_bytes(product_kind kind, const pm_experts_args *g)
 {
     return experts_packed_bytes(kind, g, (g->G + g->S) * experts_halves(g), g->P);
 }
-static size_t experts_down_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_down_bytes(product_kind kind, const pm_experts_args *g)
 {
     return experts_packed_bytes(kind, g, g->G + g->S, g->F);
 }
 
 /* Rows of x or dy as left operands, then rows of h and, for swiglu, of the gate; or of dpre. */
-static size_t experts_worker_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_worker_bytes(product_kind kind, const pm_experts_args *g)
 {
     const int halves = experts_halves(g);
     const int64_t ld = experts_ld(pm_max(g->W, g->Z) / halves);
-    return pm_round64(product_room(kind, PM_ROWS, g->D) +
-                      (size_t)(PM_ROWS * halves * ld) * sizeof(product_word));
+    return pm_round64(product_room(kind, g->D) +
+                      (size_t)(product_rows(kind) * halves * ld) * sizeof(product_word));
 }
 
 /* Bounds on the rows and on the blocks of rows of the plan groups, and of each shared group. */
-static inline int64_t experts_plan_rows(const pm_experts_args *g) { return g->G ? g->R + g->G : 0; }
-static inline int64_t experts_shared_rows(const pm_experts_args *g) { return g->S ? g->N : 0; }
-static inline int64_t experts_most_blocks(int64_t rows, int64_t groups)
+static inline int64_t experts_plan_rows(product_kind kind, const pm_experts_args *g)
 {
-    return rows / (EXPERTS_LEAST_BLOCK * PM_MR) + groups;
+    return g->G ? g->R + g->G * (product_side_rows(kind, 1) - 1) : 0;
+}
+static inline int64_t experts_shared_rows(const pm_experts_args *g) { return g->S ? g->N : 0; }
+static inline int64_t experts_least_block(product_kind kind)
+{
+    return product_is_amx(kind) ? 1 : EXPERTS_LEAST_BLOCK;
+}
+static inline int64_t experts_most_blocks(product_kind kind, int64_t rows, int64_t groups)
+{
+    return rows / (experts_least_block(kind) * product_tall(kind)) + groups;
 }
 
 /* What a backward pass leaves for the weights. */
-static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
+static size_t experts_sides_bytes(product_kind kind, const pm_experts_args *g)
 {
-    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
-    const int64_t plan_sums = experts_most_blocks(plan_rows, g->G) * (g->D + g->W),
-                  sums = experts_most_blocks(rows, 1) * (g->D + g->S * g->Z);
+    const int64_t plan_rows = experts_plan_rows(kind, g), rows = experts_shared_rows(g);
+    const int64_t plan_sums = experts_most_blocks(kind, plan_rows, g->G) * (g->D + g->W),
+                  sums = experts_most_blocks(kind, rows, 1) * (g->D + g->S * g->Z);
     const size_t halves = (size_t)experts_halves(g), hidden = halves + 1; /* dpre and h */
     const size_t plan = 2 * product_side_bytes(kind, plan_rows, g->D) +
                         hidden * product_side_bytes(kind, plan_rows, g->W / (int64_t)halves);
@@ -122,7 +129,7 @@ static size_t experts_sides_bytes(pm_compute kind, const pm_experts_args *g)
 
 static size_t experts_workspace(const pm_ctx *ctx, const pm_experts_args *g, bool backward)
 {
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     size_t bytes = pm_round64((size_t)(g->G + g->S) * sizeof(experts_group));
     bytes += g->up.derived ? 0 : pm_round64(experts_up_bytes(kind, g));
     bytes += g->down.derived ? 0 : pm_round64(experts_down_bytes(kind, g));
@@ -163,27 +170,29 @@ static const experts_group *experts_find(const experts_group *e, int64_t *item)
 }
 
 /* Blocks are of whole slices of tiles (product.h), near-equal ones: no tile is a thin remainder. */
-static inline int64_t experts_blocks(int64_t rows, int64_t block)
+static inline int64_t experts_blocks(const experts_job *job, int64_t rows)
 {
-    return pm_blocks(product_slices(rows), block);
+    return pm_blocks(product_slices_of(job->kind, rows), job->block);
 }
-/* The first row of block i of so many, an even one. */
-static inline int64_t experts_cut(int64_t rows, int64_t blocks, int64_t i)
+/* The first row of block i of so many. */
+static inline int64_t experts_cut(product_kind kind, int64_t rows, int64_t blocks, int64_t i)
 {
-    int64_t slices = product_slices(rows);
-    return product_slice(rows, slices, product_cut(slices, blocks, i));
+    const int64_t slices = product_slices_of(kind, rows);
+    return product_slice_of(kind, rows, slices, product_cut(slices, blocks, i));
 }
 
-/* Slices of a block: PM_ROWS rows, less when that gives too few blocks. */
+/* Slices of a block: product_rows, less when that gives too few blocks. */
 static void experts_choose_block(experts_job *job)
 {
     const pm_experts_args *g = job->g;
-    for (job->block = PM_ROWS / PM_MR; job->block > EXPERTS_LEAST_BLOCK; job->block--) {
+    const product_kind kind = job->kind;
+    const int64_t least = product_is_amx(kind) ? EXPERTS_MIN_ITEMS / 2 : EXPERTS_MIN_ITEMS;
+    job->block = product_rows(kind) / product_tall(kind);
+    for (; job->block > experts_least_block(kind); job->block--) {
         int64_t routed = 0;
         for (int64_t i = 0; i < g->G; i++)
-            routed += experts_blocks(job->group[i].rows, job->block);
-        if ((!g->G || routed >= EXPERTS_MIN_ITEMS) &&
-            (!g->S || experts_blocks(g->N, job->block) >= EXPERTS_MIN_ITEMS))
+            routed += experts_blocks(job, job->group[i].rows);
+        if ((!g->G || routed >= least) && (!g->S || experts_blocks(job, g->N) >= least))
             break;
     }
 }
@@ -197,7 +206,7 @@ static int64_t experts_plan_blocks(experts_job *job, double *work)
     for (int64_t i = 0; i < job->g->G; i++) {
         experts_group *e = job->group + i;
         e->item0 = items;
-        e->items = experts_blocks(e->rows, job->block);
+        e->items = experts_blocks(job, e->rows);
         items += e->items;
         *work += (double)e->rows * (double)e->F * (double)job->g->D;
     }
@@ -218,7 +227,7 @@ static double experts_shared_work(const experts_job *job)
 static void experts_begin(pm_ctx *ctx, experts_job *job, bool backward, void **scratch)
 {
     const pm_experts_args *g = job->g;
-    const pm_compute kind = job->kind = ctx->backend->compute;
+    const product_kind kind = job->kind = product_kind_of(ctx);
     const int halves = job->halves = experts_halves(g);
     int64_t groups = g->G + g->S, plan_rows = g->G ? g->R : 0;
     job->group = pm_take(scratch, (size_t)groups * sizeof(experts_group));
@@ -294,7 +303,7 @@ static inline void experts_out_tile(void *arg, int64_t row0, int m, int64_t col0
 }
 
 /* Stores PM_WIDTH numbers at the numbers at.. of a left operand. */
-static inline void experts_put(pm_compute kind, product_word *row, int64_t at, vf x)
+static inline void experts_put(product_kind kind, product_word *row, int64_t at, vf x)
 {
     if (kind == PM_FP32)
         v_store(row + at, x);
@@ -304,7 +313,7 @@ static inline void experts_put(pm_compute kind, product_word *row, int64_t at, v
 
 /* h = gelu(tile + bias); the pre-activation is kept when there will be a backward. */
 typedef struct {
-    pm_compute kind;
+    product_kind kind;
     const float *bias; /* (F), or NULL */
     float *pre;        /* (rows, F), or NULL */
     product_word *h;   /* (rows) left operands of F numbers */
@@ -366,15 +375,15 @@ static inline void experts_pair_tile(void *arg, int64_t row0, int m, int64_t col
 
 /* tile = dh: h from pre, dot += dh * h, dpre = weight * dh * dh/dpre. Halves: those of dpre. */
 typedef struct {
-    pm_compute kind;
+    product_kind kind;
     const float *pre, *weight; /* (rows, halves * F); (rows) or NULL */
     int64_t ld_pre, F;
     product_word *dpre[2]; /* (rows) left operands of F numbers, at distance ld */
     int64_t ld;
     const product_side *dpre_side, *h_side; /* (halves); the rows begin at row0 */
     int64_t row0;
-    float *sum;      /* (halves, F) += sum of dpre over the rows */
-    vf dot[PM_ROWS]; /* lanes of <dh, h> of each row */
+    float *sum;                /* (halves, F) += sum of dpre over the rows */
+    vf dot[PRODUCT_MOST_ROWS]; /* lanes of <dh, h> of each row */
 } experts_hidden;
 
 /* One row's columns col ..; left of them are there. Returns h. */
@@ -397,11 +406,8 @@ static inline __attribute__((always_inline)) vf experts_hidden_row(experts_hidde
         dpre[1] = dh * gate;
     }
     t->dot[row] = v_fma(dh, h, t->dot[row]);
-    for (int half = 0; half < halves; half++) {
-        if (t->weight)
-            dpre[half] *= v_set(t->weight[row]);
-        experts_put(t->kind, t->dpre[half] + row * t->ld, col, dpre[half]);
-    }
+    for (int half = 0; half < halves && t->weight; half++)
+        dpre[half] *= v_set(t->weight[row]);
     return h;
 }
 
@@ -420,12 +426,18 @@ static inline __attribute__((always_inline)) void experts_hidden_rows(experts_hi
                     h[k] = experts_hidden_row(t, halves, row0 + i + k, col, left,
                                               tile + (i + k) * PM_NR + j, dpre[k]);
             for (int half = 0; half < halves; half++) {
+                for (int64_t k = 0; k < 2 && i + k < m; k++)
+                    experts_put(t->kind, t->dpre[half] + (row0 + i + k) * t->ld, col,
+                                dpre[k][half]);
                 product_side_put(t->kind, &t->dpre_side[half], t->row0 + row0 + i, col,
                                  dpre[0][half], dpre[1][half]);
                 sum[half] += dpre[0][half] + dpre[1][half];
             }
             product_side_put(t->kind, t->h_side, t->row0 + row0 + i, col, h[0], h[1]);
         }
+        for (int half = 0; half < halves; half++)
+            product_side_close(t->kind, &t->dpre_side[half], t->row0 + row0, m, col);
+        product_side_close(t->kind, t->h_side, t->row0 + row0, m, col);
         for (int half = 0; half < halves && left > 0; half++) {
             float *to = t->sum + half * t->F + col;
             v_put(to, v_get(to, left) + sum[half], left);
@@ -496,9 +508,12 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
         product_block(job->kind, m, x, D, F, e->up[1], 0, panels, experts_pair_tile, &up,
                       (product_target){up.pre, e->ld_pre});
     }
-    const product_word *rows[PM_ROWS];
-    for (int64_t i = 0; i < m; i++)
-        rows[i] = h + i * up.ld;
+    const product_word *rows[PRODUCT_MOST_ROWS];
+    for (int64_t i = 0; i < m; i++, h += up.ld) {
+        rows[i] = h;
+        for (int64_t j = pm_blocks(F, PM_WIDTH) * PM_WIDTH; j < panels * PM_NR; j += PM_WIDTH)
+            experts_put(job->kind, h, j, v_zero()); /* behind the last vector */
+    }
     product_block(job->kind, m, rows, F, D, e->down, 0, product_panels(D), experts_out_tile, out,
                   (product_target){out->out, out->ld});
 }
@@ -507,10 +522,10 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item),
-            m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(job->kind, e->rows, e->items, item),
+            m = experts_cut(job->kind, e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0;
-    const product_word *x[PM_ROWS];
+    const product_word *x[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
         x[i] = product_row(job->kind, g->x + g->row_token[r0 + i] * g->D, g->D, &room);
@@ -521,10 +536,10 @@ static void experts_forward_plan(const experts_job *job, int64_t item, int worke
 static void experts_forward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item),
-            m = experts_cut(g->N, job->items, item + 1) - n0;
+    int64_t n0 = experts_cut(job->kind, g->N, job->items, item),
+            m = experts_cut(job->kind, g->N, job->items, item + 1) - n0;
     experts_gather(job, n0, n0 + m);
-    const product_word *x[PM_ROWS];
+    const product_word *x[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++)
         x[i] = product_row(job->kind, g->x + (n0 + i) * g->D, g->D, &room);
@@ -544,7 +559,7 @@ static pm_status experts_forward(pm_ctx *ctx, const pm_experts_args *g, void *sc
     int64_t blocks = experts_plan_blocks(&job, &work);
     const double products = 1 + job.halves;
     experts_run(ctx, &job, blocks, products * work, experts_forward_plan);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), products * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(&job, g->N), products * experts_shared_work(&job),
                 experts_forward_tokens);
     return PM_OK;
 }
@@ -581,7 +596,7 @@ static void experts_backward_rows(const experts_job *job, const experts_group *e
         product_block(job->kind, m, dy, job->g->D, e->F, e->down, 0, product_panels(e->F),
                       experts_hidden_pair_tile, hidden, (product_target){0});
     for (int half = 0; half < job->halves && job->out; half++) {
-        const product_word *dpre[PM_ROWS];
+        const product_word *dpre[PRODUCT_MOST_ROWS];
         for (int64_t i = 0; i < m; i++)
             dpre[i] = hidden->dpre[half] + i * hidden->ld;
         product_block(job->kind, m, dpre, e->F, job->g->D, e->up[half], 0,
@@ -609,13 +624,13 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
 {
     const pm_experts_args *g = job->g;
     const experts_group *e = experts_find(job->group, &item);
-    int64_t i0 = experts_cut(e->rows, e->items, item),
-            m = experts_cut(e->rows, e->items, item + 1) - i0;
+    int64_t i0 = experts_cut(job->kind, e->rows, e->items, item),
+            m = experts_cut(job->kind, e->rows, e->items, item + 1) - i0;
     int64_t r0 = e->row0 + i0, D = g->D;
-    const float *dy[PM_ROWS], *x[PM_ROWS];
-    const product_word *rows[PM_ROWS];
+    const float *dy[PRODUCT_MOST_ROWS], *x[PRODUCT_MOST_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
-    float from_bias[PM_ROWS]; /* <dy, down_bias> */
+    float from_bias[PRODUCT_MOST_ROWS]; /* <dy, down_bias> */
     for (int64_t i = 0; i < m; i++) {
         dy[i] = job->d->dy + g->row_token[r0 + i] * D;
         x[i] = g->x + g->row_token[r0 + i] * D;
@@ -637,10 +652,10 @@ static void experts_backward_plan(const experts_job *job, int64_t item, int work
 static void experts_backward_tokens(const experts_job *job, int64_t item, int worker)
 {
     const pm_experts_args *g = job->g;
-    int64_t n0 = experts_cut(g->N, job->items, item),
-            m = experts_cut(g->N, job->items, item + 1) - n0;
-    const float *dy[PM_ROWS], *x[PM_ROWS];
-    const product_word *rows[PM_ROWS];
+    int64_t n0 = experts_cut(job->kind, g->N, job->items, item),
+            m = experts_cut(job->kind, g->N, job->items, item + 1) - n0;
+    const float *dy[PRODUCT_MOST_ROWS], *x[PRODUCT_MOST_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     product_word *room = experts_room(job, worker);
     for (int64_t i = 0; i < m; i++) {
         dy[i] = job->d->dy + (n0 + i) * g->D;
@@ -664,11 +679,11 @@ static void experts_backward_tokens(const experts_job *job, int64_t item, int wo
 /* The tasks of dup and ddown of a group. */
 static product_wgrad_grid experts_up_grid(const experts_job *job, const experts_group *e)
 {
-    return product_wgrad_grid_of(e->F, job->g->D, e->rows, job->work);
+    return product_wgrad_grid_of(job->kind, e->F, job->g->D, e->rows, job->work);
 }
 static product_wgrad_grid experts_down_grid(const experts_job *job, const experts_group *e)
 {
-    return product_wgrad_grid_of(job->g->D, e->F, e->rows, job->work);
+    return product_wgrad_grid_of(job->kind, job->g->D, e->F, e->rows, job->work);
 }
 
 /* A share of dup, or of ddown, of one group, and of the bias. The shared groups, which have the most
@@ -706,16 +721,16 @@ static void experts_backward_weights(const experts_job *job, int64_t item, int w
 static void experts_place_sides(experts_job *job, void **scratch)
 {
     const pm_experts_args *g = job->g;
-    const pm_compute kind = job->kind;
-    const int64_t plan_rows = experts_plan_rows(g), rows = experts_shared_rows(g);
-    const int64_t plan_blocks = experts_most_blocks(plan_rows, g->G),
-                  blocks = experts_most_blocks(rows, 1);
+    const product_kind kind = job->kind;
+    const int64_t plan_rows = experts_plan_rows(kind, g), rows = experts_shared_rows(g);
+    const int64_t plan_blocks = experts_most_blocks(kind, plan_rows, g->G),
+                  blocks = experts_most_blocks(kind, rows, 1);
     job->plan.x = product_side_take(kind, plan_rows, g->D, true, scratch);
-    job->plan.dy = product_side_take(kind, plan_rows, g->D, true, scratch);
+    job->plan.dy = product_side_take_left(kind, plan_rows, g->D, true, scratch);
     const int64_t wide = g->W / job->halves, wide_shared = g->Z / job->halves;
     product_side dpre[2] = {0};
     for (int half = 0; half < job->halves; half++)
-        dpre[half] = product_side_take(kind, plan_rows, wide, true, scratch);
+        dpre[half] = product_side_take_left(kind, plan_rows, wide, true, scratch);
     const product_side h = product_side_take(kind, plan_rows, wide, true, scratch);
     float *sums = pm_take(scratch, (size_t)(plan_blocks * (g->D + g->W)) * 4);
     job->plan.dy_sums = sums;
@@ -727,23 +742,23 @@ static void experts_place_sides(experts_job *job, void **scratch)
         e->h = h;
         e->side0 = side0;
         e->block0 = block0;
-        e->blocks = experts_blocks(e->rows, job->block);
+        e->blocks = experts_blocks(job, e->rows);
         e->dpre_sums = sums;
-        side0 += product_even(e->rows);
+        side0 += product_side_rows(kind, e->rows);
         block0 += e->blocks;
         sums += e->blocks * job->halves * e->F;
     }
     job->tokens.x = product_side_take(kind, rows, g->D, true, scratch);
-    job->tokens.dy = product_side_take(kind, rows, g->D, true, scratch);
+    job->tokens.dy = product_side_take_left(kind, rows, g->D, true, scratch);
     sums = pm_take(scratch, (size_t)(blocks * (g->D + g->S * g->Z)) * 4);
     job->tokens.dy_sums = sums;
     sums += blocks * g->D;
     for (experts_group *e = job->group + g->G; e < job->group + g->G + g->S; e++) {
         e->sides = &job->tokens;
         for (int half = 0; half < job->halves; half++)
-            e->dpre[half] = product_side_take(kind, rows, wide_shared, true, scratch);
+            e->dpre[half] = product_side_take_left(kind, rows, wide_shared, true, scratch);
         e->h = product_side_take(kind, rows, wide_shared, true, scratch);
-        e->blocks = experts_blocks(e->rows, job->block);
+        e->blocks = experts_blocks(job, e->rows);
         e->dpre_sums = sums;
         sums += e->blocks * job->halves * e->F;
     }
@@ -764,7 +779,7 @@ static pm_status experts_backward(pm_ctx *ctx, const pm_experts_args *g, const p
     int64_t used = g->G ? g->row_off[g->G] : 0;
     if (d->drow_weight && g->R > used)
         memset(d->drow_weight + used, 0, (size_t)(g->R - used) * 4);
-    experts_run(ctx, &job, experts_blocks(g->N, job.block), products * experts_shared_work(&job),
+    experts_run(ctx, &job, experts_blocks(&job, g->N), products * experts_shared_work(&job),
                 experts_backward_tokens);
 
     if (!d->dup && !d->dup_bias && !d->ddown && !d->ddown_bias)

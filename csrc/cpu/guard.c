@@ -245,6 +245,7 @@ const pm_backend *pm_guard_backend(const pm_backend *backend)
     };
     guard.level = backend->level;
     guard.compute = backend->compute;
+    guard.products = backend->products;
     guard.act_bytes = backend->act_bytes;
     inner = backend;
     return &guard;

@@ -43,13 +43,34 @@
 #define PM_TEXT(a) PM_WORDS(a)
 
 #define PM_COMPUTE PM_FP32
+#define PM_PRODUCTS PM_FP32
 #define PM_TABLE PM_NAME(pm_cpu_, PM_LEVEL)
 #include "table.h"
 #define PM_COMPUTE PM_BF16_EMULATED
+#define PM_PRODUCTS PM_BF16_EMULATED
 #define PM_TABLE PM_NAME(pm_cpu_emulated_, PM_LEVEL)
 #include "table.h"
 #if PM_HAS_BF16
 #define PM_COMPUTE PM_BF16
+#define PM_PRODUCTS PM_BF16
 #define PM_TABLE PM_NAME(pm_cpu_bf16_, PM_LEVEL)
+#include "table.h"
+#endif
+
+/* The level amx is this code too: nothing but its products of bf16 differs, and only by their kind. */
+#if PM_HAS_AMX
+#undef PM_LEVEL
+#define PM_LEVEL amx
+#define PM_COMPUTE PM_FP32
+#define PM_PRODUCTS PM_FP32
+#define PM_TABLE pm_cpu_amx
+#include "table.h"
+#define PM_COMPUTE PM_BF16_EMULATED
+#define PM_PRODUCTS PRODUCT_AMX_EMULATED
+#define PM_TABLE pm_cpu_emulated_amx
+#include "table.h"
+#define PM_COMPUTE PM_BF16
+#define PM_PRODUCTS PRODUCT_AMX
+#define PM_TABLE pm_cpu_bf16_amx
 #include "table.h"
 #endif

@@ -4,7 +4,7 @@ typedef struct {
     const pm_linear_args *g;
     const pm_linear_grads *d;
     product_grid grid;
-    pm_compute kind;
+    product_kind kind;
     const product_word *panels; /* of the weight, forward or backward */
     const float *dpre;          /* (N, F): dy * act'(pre); dy itself when there is no activation */
     void *scratch;              /* worker_bytes for each worker */
@@ -23,17 +23,17 @@ typedef struct {
 
 static size_t linear_workspace(const pm_ctx *ctx, const pm_linear_args *g, bool backward)
 {
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     const size_t workers = (size_t)pm_pool_threads(ctx->pool);
     const int64_t n = backward ? g->D : g->F, k = backward ? g->F : g->D;
     size_t bytes = g->weight.derived ? 0 : product_panel_bytes(kind, n, k);
-    bytes += workers * product_room(kind, PM_ROWS, k);
+    bytes += workers * product_room(kind, k);
     if (!backward)
         return bytes;
     if (g->activation != PM_ACT_NONE)
         bytes += pm_round64((size_t)(g->N * g->F) * 4);
     bytes += product_side_bytes(kind, g->N, g->F) + product_side_bytes(kind, g->N, g->D);
-    return bytes + pm_round64((size_t)(product_grid_of(g->N, n, k).row_tasks * g->F) * 4);
+    return bytes + pm_round64((size_t)(product_grid_of(kind, g->N, n, k).row_tasks * g->F) * 4);
 }
 
 /* The rows of a task, n0 .. n0+m-1 of x, as left operands of k numbers. */
@@ -79,7 +79,7 @@ static void linear_forward_task(void *arg, int64_t task, int worker)
     const linear_job *job = arg;
     const pm_linear_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
-    const product_word *rows[PM_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     linear_rows(job, g->x, s.row0, s.rows, g->D, worker, rows);
     product_block(job->kind, s.rows, rows, g->D, g->F, job->panels, s.panel0, s.panel1,
                   linear_forward_finish, &(linear_block){job, s.row0},
@@ -90,13 +90,13 @@ static pm_status linear_forward(pm_ctx *ctx, const pm_linear_args *g, void *scra
 {
     if (g->N == 0)
         return PM_OK;
-    const pm_compute kind = ctx->backend->compute;
-    linear_job job = {.g = g, .kind = kind, .grid = product_grid_of(g->N, g->F, g->D)};
+    const product_kind kind = product_kind_of(ctx);
+    linear_job job = {.g = g, .kind = kind, .grid = product_grid_of(kind, g->N, g->F, g->D)};
     void *panels = g->weight.derived ? NULL
                                      : pm_take(&scratch, product_panel_bytes(kind, g->F, g->D));
     job.panels = product_forward_of(ctx, g->weight, g->F, g->D, panels);
     job.scratch = scratch;
-    job.worker_bytes = product_room(kind, PM_ROWS, g->D);
+    job.worker_bytes = product_room(kind, g->D);
     pm_parallel(ctx->pool, product_tasks(&job.grid), linear_forward_task, &job);
     return PM_OK;
 }
@@ -145,7 +145,7 @@ static void linear_dx_finish(void *arg, int64_t row0, int m, int64_t col0, int64
 static void linear_pack(const linear_job *job, int64_t block, int64_t n0, int64_t m)
 {
     const pm_linear_args *g = job->g;
-    const float *dpre[PM_ROWS], *x[PM_ROWS];
+    const float *dpre[PRODUCT_MOST_ROWS], *x[PRODUCT_MOST_ROWS];
     for (int64_t i = 0; i < m; i++) {
         dpre[i] = job->dpre + (n0 + i) * g->F;
         x[i] = g->x + (n0 + i) * g->D;
@@ -164,7 +164,7 @@ static void linear_dx_task(void *arg, int64_t task, int worker)
     const pm_linear_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
     if (job->d->dx) {
-        const product_word *rows[PM_ROWS];
+        const product_word *rows[PRODUCT_MOST_ROWS];
         linear_rows(job, job->dpre, s.row0, s.rows, g->F, worker, rows);
         product_block(job->kind, s.rows, rows, g->F, g->D, job->panels, s.panel0, s.panel1,
                       linear_dx_finish, &(linear_block){job, s.row0},
@@ -193,15 +193,15 @@ static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_
     const bool weights = d->dweight || d->dbias;
     if (g->N == 0 || (!d->dx && !weights))
         return PM_OK;
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     linear_job job = {.g = g, .d = d, .kind = kind, .dpre = d->dy};
     if (g->activation != PM_ACT_NONE) {
         job.dpre = pm_take(&scratch, (size_t)(g->N * g->F) * 4);
         pm_parallel(ctx->pool, pm_blocks(g->N * g->F, LINEAR_ELEMENTS), linear_dpre_task, &job);
     }
-    job.grid = product_grid_of(g->N, g->D, g->F);
+    job.grid = product_grid_of(kind, g->N, g->D, g->F);
     if (weights) {
-        job.left = product_side_take(kind, g->N, g->F, true, &scratch);
+        job.left = product_side_take_left(kind, g->N, g->F, true, &scratch);
         job.right = product_side_take(kind, g->N, g->D, true, &scratch);
         job.sums = pm_take(&scratch, (size_t)(job.grid.row_tasks * g->F) * 4);
     }
@@ -210,13 +210,14 @@ static pm_status linear_backward(pm_ctx *ctx, const pm_linear_args *g, const pm_
                                          : pm_take(&scratch, product_panel_bytes(kind, g->D, g->F));
         job.panels = product_backward_of(ctx, g->weight, g->F, g->D, panels);
         job.scratch = scratch;
-        job.worker_bytes = product_room(kind, PM_ROWS, g->F);
+        job.worker_bytes = product_room(kind, g->F);
     } else {
         job.grid.panel_tasks = 1;
     }
     pm_parallel(ctx->pool, product_tasks(&job.grid), linear_dx_task, &job);
     if (weights) {
-        job.wgrad = product_wgrad_grid_of(g->F, g->D, g->N, (double)(g->F * g->D) * (double)g->N);
+        job.wgrad =
+            product_wgrad_grid_of(kind, g->F, g->D, g->N, (double)(g->F * g->D) * (double)g->N);
         pm_parallel(ctx->pool, product_wgrad_tasks(&job.wgrad), linear_wgrad_task, &job);
     }
     return PM_OK;

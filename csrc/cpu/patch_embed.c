@@ -62,7 +62,7 @@ typedef struct {
     const pm_patch_embed_grads *d;
     patch_grid patches;
     product_grid grid;
-    pm_compute kind;
+    product_kind kind;
     const product_word *panels;
     int64_t *offset; /* (P): patch_offsets */
     char *scratch;   /* worker_bytes for each worker */
@@ -81,14 +81,14 @@ typedef struct {
 #define PATCH_EMBED_ROWS 64 /* patches packed by a task of the backward pass */
 
 /* Bytes of a forward task: its patches, and those as left operands. */
-static size_t patch_embed_room(pm_compute kind, int64_t P)
+static size_t patch_embed_room(product_kind kind, int64_t P)
 {
-    return pm_round64((size_t)(PM_ROWS * P) * 4) + product_room(kind, PM_ROWS, P);
+    return pm_round64((size_t)(PRODUCT_MOST_ROWS * P) * 4) + product_room(kind, P);
 }
 
 static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args *g, bool backward)
 {
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     size_t workers = (size_t)pm_pool_threads(ctx->pool),
            bytes = pm_round64((size_t)g->P * sizeof(int64_t));
     if (!backward) {
@@ -97,7 +97,7 @@ static size_t patch_embed_workspace(const pm_ctx *ctx, const pm_patch_embed_args
     }
     const int64_t N = g->B * g->T;
     size_t dx = g->weight.derived ? 0 : product_panel_bytes(kind, g->P, g->D);
-    dx += workers * product_room(kind, PM_ROWS, g->D);
+    dx += workers * product_room(kind, g->D);
     size_t weights = product_side_bytes(kind, N, g->D) + product_side_bytes(kind, N, g->P) +
                      pm_round64((size_t)(pm_blocks(N, PATCH_EMBED_ROWS) * g->D) * 4) +
                      workers * pm_round64((size_t)(PATCH_EMBED_ROWS * g->P) * 4);
@@ -154,9 +154,9 @@ static void patch_embed_forward_task(void *arg, int64_t task, int worker)
     const pm_patch_embed_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
     void *scratch = job->scratch + (size_t)worker * job->worker_bytes;
-    float *patches = pm_take(&scratch, (size_t)(PM_ROWS * g->P) * 4);
+    float *patches = pm_take(&scratch, (size_t)(PRODUCT_MOST_ROWS * g->P) * 4);
     product_word *room = scratch;
-    const product_word *rows[PM_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     for (int64_t i = 0; i < s.rows; i++) {
         patch_embed_gather(job, s.row0 + i, patches + i * g->P);
         rows[i] = product_row(job->kind, patches + i * g->P, g->P, &room);
@@ -168,12 +168,12 @@ static void patch_embed_forward_task(void *arg, int64_t task, int worker)
 
 static pm_status patch_embed_forward(pm_ctx *ctx, const pm_patch_embed_args *g, void *scratch)
 {
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     patch_embed_job job = {.kind = kind, .worker_bytes = patch_embed_room(kind, g->P)};
     PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
     job.scratch = pm_take(&scratch, (size_t)pm_pool_threads(ctx->pool) * job.worker_bytes);
     job.panels = product_forward_of(ctx, g->weight, g->D, g->P, scratch);
-    job.grid = product_grid_of(g->B * g->T, g->D, g->P);
+    job.grid = product_grid_of(kind, g->B * g->T, g->D, g->P);
     pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_forward_task, &job);
     return PM_OK;
 }
@@ -199,7 +199,7 @@ static void patch_embed_dx_task(void *arg, int64_t task, int worker)
     const pm_patch_embed_args *g = job->g;
     product_share s = product_share_of(&job->grid, task);
     product_word *room = (product_word *)(job->scratch + (size_t)worker * job->worker_bytes);
-    const product_word *rows[PM_ROWS];
+    const product_word *rows[PRODUCT_MOST_ROWS];
     for (int64_t i = 0; i < s.rows; i++)
         rows[i] = product_row(job->kind, job->d->dy + (s.row0 + i) * g->D, g->D, &room);
     product_block(job->kind, s.rows, rows, g->D, g->P, job->panels, s.panel0, s.panel1,
@@ -255,7 +255,7 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
                                       const pm_patch_embed_grads *d, void *scratch)
 {
     int64_t N = g->B * g->T;
-    const pm_compute kind = ctx->backend->compute;
+    const product_kind kind = product_kind_of(ctx);
     patch_embed_job job = {.d = d, .kind = kind};
     PM_TRY(patch_embed_begin(ctx, g, &job, &scratch));
     if (d->dx) {
@@ -264,18 +264,19 @@ static pm_status patch_embed_backward(pm_ctx *ctx, const pm_patch_embed_args *g,
                                          : pm_take(&room, product_panel_bytes(kind, g->P, g->D));
         job.panels = product_backward_of(ctx, g->weight, g->D, g->P, panels);
         job.scratch = room;
-        job.worker_bytes = product_room(kind, PM_ROWS, g->D);
-        job.grid = product_grid_of(N, g->P, g->D);
+        job.worker_bytes = product_room(kind, g->D);
+        job.grid = product_grid_of(kind, N, g->P, g->D);
         pm_parallel(ctx->pool, product_tasks(&job.grid), patch_embed_dx_task, &job);
     }
     if (d->dweight || d->dbias) {
-        job.left = product_side_take(kind, N, g->D, true, &scratch); /* where the panels were */
+        job.left =
+            product_side_take_left(kind, N, g->D, true, &scratch); /* where the panels were */
         job.right = product_side_take(kind, N, g->P, true, &scratch);
         job.sums = pm_take(&scratch, (size_t)(pm_blocks(N, PATCH_EMBED_ROWS) * g->D) * 4);
         job.scratch = scratch;
         job.worker_bytes = pm_round64((size_t)(PATCH_EMBED_ROWS * g->P) * 4);
         pm_parallel(ctx->pool, pm_blocks(N, PATCH_EMBED_ROWS), patch_embed_pack_task, &job);
-        job.wgrad = product_wgrad_grid_of(g->D, g->P, N, (double)(g->D * g->P) * (double)N);
+        job.wgrad = product_wgrad_grid_of(kind, g->D, g->P, N, (double)(g->D * g->P) * (double)N);
         pm_parallel(ctx->pool, product_wgrad_tasks(&job.wgrad), patch_embed_wgrad_task, &job);
     }
     if (d->dpos && g->pos)

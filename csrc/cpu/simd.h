@@ -14,6 +14,13 @@
 #define PM_HAS_BF16 0
 #endif
 
+/* The same of AMX_BF16. */
+#if PM_WIDTH == 16 && defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define PM_HAS_AMX 1
+#else
+#define PM_HAS_AMX 0
+#endif
+
 typedef float vf __attribute__((vector_size(4 * PM_WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * PM_WIDTH)));
 typedef float vf_loose __attribute__((vector_size(4 * PM_WIDTH), aligned(4), may_alias));
@@ -195,6 +202,21 @@ static inline void v_store_bf16(bool native, void *to, vf x)
     (void)native;
     *(vs_loose *)to = __builtin_convertvector(v_round_bf16(x), vs);
 }
+
+/* The instructions take denormals for zero and make none. An emulation runs between these two. */
+#if defined(__x86_64__)
+static inline unsigned v_flush_denormals(void)
+{
+    enum { DENORMALS_ARE_ZERO = 0x0040, FLUSH_TO_ZERO = 0x8000 };
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | DENORMALS_ARE_ZERO | FLUSH_TO_ZERO);
+    return mode;
+}
+static inline void v_keep_denormals(unsigned mode) { _mm_setcsr(mode); }
+#else
+static inline unsigned v_flush_denormals(void) { return 0; }
+static inline void v_keep_denormals(unsigned mode) { (void)mode; }
+#endif
 
 /* c + the high products + the low ones, of pairs: the odd ones first, each added by itself. */
 #if PM_HAS_BF16

@@ -1,10 +1,12 @@
-/* table.h: the table PM_TABLE of a level's ops, which computes PM_COMPUTE. Included by level.h. */
+/* table.h: the table PM_TABLE of a level's ops, which computes PM_COMPUTE by the kind PM_PRODUCTS of
+ * products (product.h). Included by level.h. */
 #define PM_BACKWARD_FORWARD(op) NULL
 #define PM_BACKWARD_BOTH(op) op##_backward
 const pm_backend PM_TABLE = {
     .name = "cpu",
     .level = PM_TEXT(PM_LEVEL),
     .compute = PM_COMPUTE,
+    .products = PM_PRODUCTS,
     .host = true,
     .act_bytes = sizeof(float),
     .alloc = pm_cpu_alloc,
@@ -23,4 +25,5 @@ const pm_backend PM_TABLE = {
 #undef PM_BACKWARD_FORWARD
 #undef PM_BACKWARD_BOTH
 #undef PM_COMPUTE
+#undef PM_PRODUCTS
 #undef PM_TABLE

@@ -1,5 +1,5 @@
 /* twins.h: writing the derived twin of a weight (F, D), as product.h lays it out: the panels for
- * y = x W^T, then those for dx = dy W.
+ * y = x W^T, then those for dx = dy W. Zeros stand behind a contraction to the end of its words.
  *
  * It is written a strip of rows at a time, from rows that the caller has just read or made, so that
  * they come out of the cache. Nobody reads panels soon: they are streamed past it, whole lines of 64
@@ -10,20 +10,20 @@
 #define TWIN_VECTORS (TWIN_ROWS / PM_WIDTH)
 
 typedef struct {
-    pm_compute kind;
+    product_kind kind;
     int64_t F, D;
     product_word *forward, *backward;
 } twin;
 
-static inline twin twin_at(pm_compute kind, int64_t F, int64_t D, void *derived)
+static inline twin twin_at(product_kind kind, int64_t F, int64_t D, void *derived)
 {
     return (twin){kind, F, D, derived, product_backward_panels(kind, derived, F, D)};
 }
 
-/* Columns i.. of a strip, transposed, to the rows of its panel. whole: TWIN_ROWS rows and PM_WIDTH
- * columns are there; else n rows and `left` columns. */
-static inline __attribute__((always_inline)) void twin_square(pm_compute kind, bool whole,
-                                                              int64_t n, int64_t left,
+/* Columns i.. of a strip, transposed, to so many rows of its panel. whole: TWIN_ROWS rows and PM_WIDTH
+ * columns are there; else n rows and `left` columns, perhaps none, and zeros behind them. */
+static inline __attribute__((always_inline)) void twin_square(product_kind kind, bool whole,
+                                                              int64_t n, int64_t left, int64_t rows,
                                                               const float *w, int64_t ld,
                                                               product_word *to)
 {
@@ -31,66 +31,86 @@ static inline __attribute__((always_inline)) void twin_square(pm_compute kind, b
     for (int h = 0; h < TWIN_VECTORS; h++) {
         for (int j = 0; j < PM_WIDTH; j++) {
             const int64_t row = h * PM_WIDTH + j;
-            t[h][j] = whole ? v_load(w + row * ld) : row < n ? v_get(w + row * ld, left) : v_zero();
+            if (whole)
+                t[h][j] = v_load(w + row * ld);
+            else
+                t[h][j] = left > 0 && row < n ? v_get(w + row * ld, left) : v_zero();
         }
         v_transpose(t[h]);
     }
-    for (int j = 0; j < PM_WIDTH && (whole || j < left); j += kind == PM_FP32 ? 1 : 2)
+    for (int j = 0; j < PM_WIDTH && (whole || j < rows); j += kind == PM_FP32 ? 1 : 2)
         for (int h = 0; h < TWIN_VECTORS; h++)
             if (kind == PM_FP32)
                 v_stream(to + j * PM_NR + h * PM_WIDTH, t[h][j]);
             else
                 v_stream(to + j / 2 * PM_NR + h * PM_WIDTH,
-                         v_pairs(kind == PM_BF16, t[h][j], t[h][j + 1]));
+                         v_pairs(product_native(kind), t[h][j], t[h][j + 1]));
 }
 
-static inline __attribute__((always_inline)) void twin_forward(pm_compute kind, int64_t n,
+static inline __attribute__((always_inline)) void twin_forward(product_kind kind, int64_t n,
                                                                int64_t D, const float *w,
                                                                product_word *to)
 {
+    const int64_t per = product_per_word(kind), rows = product_words(kind, D) * per;
     int64_t i = 0;
     if (n >= TWIN_ROWS)
         for (; i + PM_WIDTH <= D; i += PM_WIDTH)
-            twin_square(kind, true, n, D - i, w + i, D, to + product_words(kind, i) * PM_NR);
-    for (; i < D; i += PM_WIDTH)
-        twin_square(kind, false, n, D - i, w + i, D, to + product_words(kind, i) * PM_NR);
+            twin_square(kind, true, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
+    for (; i < rows; i += PM_WIDTH)
+        twin_square(kind, false, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
 }
 
-/* The n rows of a strip to the same rows of each panel. */
-static inline __attribute__((always_inline)) void twin_backward(pm_compute kind, int64_t n,
-                                                                int64_t F, int64_t D,
+/* The n rows of the strip at row f to the same rows of each panel, and zeros behind the last one. */
+static inline __attribute__((always_inline)) void twin_backward(product_kind kind, int64_t f,
+                                                                int64_t n, int64_t F, int64_t D,
                                                                 const float *w, product_word *to)
 {
     const int64_t words = product_words(kind, F), per = product_per_word(kind);
+    const int64_t rows = pm_min(TWIN_ROWS, words * per - f);
+    to += f / per * PM_NR;
     for (int64_t p = 0; p < D; p += PM_NR)
-        for (int64_t i = 0; i < n; i += per)
+        for (int64_t i = 0; i < rows; i += per)
             for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
                 const int64_t left = D - p - j;
                 const float *from = w + i * D + p + j;
-                vf x = left > 0 ? v_get(from, left) : v_zero();
+                vf x = left > 0 && i < n ? v_get(from, left) : v_zero();
                 if (per == 2)
-                    x = v_pairs(kind == PM_BF16, x,
+                    x = v_pairs(product_native(kind), x,
                                 left > 0 && i + 1 < n ? v_get(from + D, left) : v_zero());
                 v_stream(to + p * words + i / per * PM_NR + j, x);
             }
+}
+
+static inline __attribute__((always_inline)) void twin_strip_of(product_kind kind, const twin *t,
+                                                                int64_t f, const float *w)
+{
+    const int64_t n = pm_max(0, pm_min(TWIN_ROWS, t->F - f)), panel = f / PM_NR * PM_NR;
+    twin_forward(kind, n, t->D, w, t->forward + panel * product_words(kind, t->D) + f - panel);
+    twin_backward(kind, f, n, t->F, t->D, w, t->backward);
 }
 
 /* The strip at row f, a multiple of TWIN_ROWS, of both twins: w has its rows, as many of TWIN_ROWS
  * as there are; none is a strip of padding. Ends with v_stream_end. */
 static void twin_strip(const twin *t, int64_t f, const float *w)
 {
-    const int64_t n = pm_max(0, pm_min(TWIN_ROWS, t->F - f)), panel = f / PM_NR * PM_NR;
-    product_word *const forward = t->forward + panel * product_words(t->kind, t->D) + f - panel;
-    product_word *const backward = t->backward + f / product_per_word(t->kind) * PM_NR;
-    if (t->kind == PM_FP32) {
-        twin_forward(PM_FP32, n, t->D, w, forward);
-        twin_backward(PM_FP32, n, t->F, t->D, w, backward);
-    } else if (t->kind == PM_BF16) {
-        twin_forward(PM_BF16, n, t->D, w, forward);
-        twin_backward(PM_BF16, n, t->F, t->D, w, backward);
-    } else {
-        twin_forward(PM_BF16_EMULATED, n, t->D, w, forward);
-        twin_backward(PM_BF16_EMULATED, n, t->F, t->D, w, backward);
+    switch (t->kind) {
+    case PM_FP32:
+        twin_strip_of(PM_FP32, t, f, w);
+        break;
+    case PM_BF16:
+        twin_strip_of(PM_BF16, t, f, w);
+        break;
+    case PM_BF16_EMULATED:
+        twin_strip_of(PM_BF16_EMULATED, t, f, w);
+        break;
+#if PM_HAS_AMX
+    case PRODUCT_AMX:
+        twin_strip_of(PRODUCT_AMX, t, f, w);
+        break;
+    case PRODUCT_AMX_EMULATED:
+        twin_strip_of(PRODUCT_AMX_EMULATED, t, f, w);
+        break;
+#endif
     }
     v_stream_end();
 }
@@ -112,7 +132,7 @@ static void twin_task(void *arg, int64_t task, int worker)
 
 static pm_status twin_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
 {
-    twin_job job = {twin_at(ctx->backend->compute, F, D, derived), w};
+    twin_job job = {twin_at(product_kind_of(ctx), F, D, derived), w};
     pm_parallel(ctx->pool, product_panels(F), twin_task, &job);
     return PM_OK;
 }

@@ -177,7 +177,7 @@ PyDoc_STRVAR(backend_info_doc, "backend_info($module, /)\n--\n\n"
                                "What promoe computes on.\n\n"
                                "Returns\n-------\n"
                                "dict\n    device ('cpu'), level (the instruction set: 'generic', "
-                               "'avx2' or 'avx512'), computes (what products\n"
+                               "'avx2', 'avx512' or 'amx'), computes (what products\n"
                                "    can multiply here: 'fp32', 'bf16', 'bf16-emulated'), threads, "
                                "and cpu (the model's name).");
 
@@ -200,7 +200,7 @@ PyDoc_STRVAR(levels_doc,
 
 static PyObject *levels(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
-    static const char *const names[] = {"avx512", "avx2", "generic"};
+    static const char *const names[] = {"amx", "avx512", "avx2", "generic"};
     char message[256];
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < sizeof names / sizeof *names; i++) {
@@ -228,6 +228,17 @@ static PyObject *device(PyObject *module, PyObject *args)
     return backend ? Py_BuildValue("ss", backend->level,
                                    backend->model ? backend->model : pm_cpu_model())
                    : NULL;
+}
+
+static PyObject *lacks(PyObject *Py_UNUSED(module), PyObject *level)
+{
+    const char *const name = PyUnicode_AsUTF8(level);
+    const char *const why = name ? pm_cpu_lacks(name) : NULL;
+    if (why)
+        return PyUnicode_FromString(why);
+    if (!name)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 /* ---------------------------------------------------------------- for tests */
@@ -275,6 +286,9 @@ static PyMethodDef functions[] = {
     {"backend_info", backend_info, METH_NOARGS, backend_info_doc},
     {"_device", device, METH_VARARGS, device_doc},
     {"levels", levels, METH_NOARGS, levels_doc},
+    {"_lacks", lacks, METH_O,
+     "_lacks($module, level, /)\n--\n\nWhy this machine does not have an instruction-set level, or "
+     "None."},
     {"_fail_allocation", fail_allocation, METH_O,
      "_fail_allocation($module, nth, /)\n--\n\nFor tests: the nth allocation from now fails; 0 "
      "calls it off."},

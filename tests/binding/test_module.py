@@ -51,7 +51,24 @@ def test_level_by_environment():
     for level in _core.levels():
         assert python("import promoe; print(promoe.backend_info()['level'])", PROMOE_CPU=level) == (0, level + "\n")
     code, text = python("import promoe", PROMOE_CPU="mmx")
-    assert code and "ImportError: PROMOE_CPU=mmx is not a level" in text
+    assert code and "ImportError: PROMOE_CPU=mmx is not a level: one of generic, avx2, avx512, amx" in text
+
+
+@pytest.mark.skipif("amx" not in _core.levels(), reason="needs AMX")
+def test_a_system_that_refuses_tile_registers():
+    """Linux does when a thread's signal stack has no room for them."""
+    small = ("import ctypes\n"
+             "class Stack(ctypes.Structure):\n"
+             "    _fields_ = [('at', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+             "memory = ctypes.create_string_buffer(6144)\n"
+             "stack = Stack(ctypes.addressof(memory), 0, len(memory))\n"
+             "assert not ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)\n")
+    code, text = python(small + "import promoe; print(promoe.backend_info()['level'], promoe._core.levels())\n"
+                        "from promoe import doctor; print(doctor.report(doctor.examine()))", PROMOE_CPU="")
+    assert code == 0 and text.startswith("avx512 ('avx512', 'avx2', 'generic')"), text
+    assert "amx           no: the system does not grant its tile registers: " in text
+    code, text = python(small + "import promoe", PROMOE_CPU="amx")
+    assert code and "ImportError: PROMOE_CPU=amx, but the system does not grant its tile registers" in text
 
 
 def test_exports_one_symbol():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import promoe
-from promoe import ops
+from promoe import _core, ops
 from tests.ops.common import cast, compare, make, make_upstream, oracle
 
 PRODUCTS = ["attention", "experts", "linear", "patch_embed"]
@@ -86,6 +86,106 @@ def test_emulation_has_the_bits_of_the_instructions(op, case):
     for emulated, native in zip(run(op, inputs, case, "bf16-emulated"), run(op, inputs, case, "bf16")):
         for name, value in emulated.items():
             np.testing.assert_array_equal(value, native[name], err_msg=name)
+
+
+NATIVE = pytest.mark.skipif("bf16" not in promoe.backend_info()["computes"], reason="this level has no bf16 products")
+
+
+def linear_bits(inputs, dy, compute):
+    outs = ops.linear_forward(**inputs, compute=compute)
+    grads = ops.linear_backward(**inputs, **outs, dy=dy, compute=compute)
+    return {name: value.view(np.uint32) for name, value in {**outs, **grads}.items()}
+
+
+@pytest.fixture
+def poisoned():
+    """Scratch full of NaN: the zeros that fill up a tile must be written."""
+    _core._poison(True)
+    yield
+    _core._poison(False)
+
+
+@NATIVE
+@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 31, 32, 33, 130, 600])
+def test_odd_sizes(N, poisoned):
+    """Blocks, tiles and words that are not whole: the bits of the emulation, with one thread and two."""
+    rng = np.random.default_rng(N)
+    for D in (*range(1, 35), 63, 64, 65, 100):
+        F = int(rng.integers(1, 80))
+        inputs = {"x": rng.standard_normal((N, D), np.float32), "weight": rng.standard_normal((F, D), np.float32),
+                  "bias": rng.standard_normal(F, np.float32)}
+        dy = rng.standard_normal((N, F), np.float32)
+        native = linear_bits(inputs, dy, "bf16")
+        for name, value in linear_bits(inputs, dy, "bf16-emulated").items():
+            np.testing.assert_array_equal(value, native[name], err_msg=f"{name}, D = {D}, F = {F}")
+        threads = promoe.get_num_threads()
+        promoe.set_num_threads(1 if threads > 1 else 2)
+        try:
+            again = linear_bits(inputs, dy, "bf16")
+        finally:
+            promoe.set_num_threads(threads)
+        for name, value in native.items():
+            np.testing.assert_array_equal(value, again[name], err_msg=f"{name}, D = {D}, F = {F}, other threads")
+        x, weight, dy = (a.astype(np.float64) for a in (inputs["x"], inputs["weight"], dy))
+        for name, a, b in (("y", x, weight.T), ("dx", dy, weight), ("dweight", dy.T, x)):
+            truth = a @ b + (inputs["bias"] if name == "y" else 0)
+            error = np.abs(native[name].view(np.float32) - truth)
+            assert np.all(error <= 2**-6.9 * (np.abs(a) @ np.abs(b)) + 1e-6), f"{name}, D = {D}, F = {F}"
+
+
+@pytest.mark.parametrize("compute", [c for c in promoe.backend_info()["computes"] if c != "fp32"])
+def test_a_row_does_not_depend_on_how_many_share_the_call(compute):
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((300, 70), np.float32), rng.standard_normal((45, 70), np.float32)
+    whole = ops.linear_forward(x=x, weight=weight, compute=compute)["y"]
+    for begin, end in ((0, 1), (0, 33), (7, 24), (100, 300), (299, 300)):
+        part = ops.linear_forward(x=x[begin:end], weight=weight, compute=compute)["y"]
+        np.testing.assert_array_equal(part, whole[begin:end])
+
+
+def documented_sum(x, weight, amx):
+    """x weight^T in the order that docs/decisions say, in NumPy. Operands are bfloat16 of like sizes, so that a
+    fused multiply-add is exact in float64 but for its one rounding to float32."""
+    def add(total, k):
+        return (total + np.outer(x[:, k], weight[:, k])).astype(np.float32).astype(np.float64)
+
+    zero = np.zeros((len(x), len(weight)))
+    total = zero
+    if not amx:  # the odd one of a pair, then the even one
+        for k in range(0, x.shape[1], 2):
+            total = add(add(total, k + 1), k)
+        return total.astype(np.float32)
+    for block in range(0, x.shape[1], 32):  # even ones and odd ones, each from zero
+        even, odd = zero, zero
+        for k in range(block, block + 32, 2):
+            even, odd = add(even, k), add(odd, k + 1)
+        total = (total + (even + odd).astype(np.float32)).astype(np.float32).astype(np.float64)
+    return total.astype(np.float32)
+
+
+@pytest.mark.parametrize("compute", [c for c in promoe.backend_info()["computes"] if c != "fp32"])
+def test_sums_are_in_the_documented_order(compute):
+    rng = np.random.default_rng(4)
+    x, weight = (bf16(np.ldexp(rng.uniform(-2, 2, (n, 128)), rng.integers(-6, 7, (n, 128)))) for n in (40, 50))
+    y = ops.linear_forward(x=x, weight=weight, compute=compute)["y"]
+    amx = promoe.backend_info()["level"] == "amx"
+    truth = documented_sum(x.astype(np.float64), weight.astype(np.float64), amx)
+    np.testing.assert_array_equal(y, truth)
+    assert np.any(truth != documented_sum(x.astype(np.float64), weight.astype(np.float64), not amx))
+
+
+@NATIVE
+@pytest.mark.parametrize("centre", [-128, -64, -60, 0, 60, 64])
+def test_extreme_numbers_have_the_bits_of_the_emulation(centre):
+    """Denormals, and products and sums that are; overflows, infinities and NaN."""
+    rng = np.random.default_rng(centre + 200)
+    x, weight = (np.ldexp(rng.standard_normal((n, 90)), centre + rng.integers(-6, 7, (n, 90))).astype(np.float32)
+                 for n in (50, 60))
+    x[0, :5], x[1, 7], x[2, 8], weight[3, 9] = 0, np.inf, np.nan, -np.inf
+    dy = np.ldexp(rng.standard_normal((50, 60)), centre).astype(np.float32)
+    native = linear_bits({"x": x, "weight": weight}, dy, "bf16")
+    for name, value in linear_bits({"x": x, "weight": weight}, dy, "bf16-emulated").items():
+        np.testing.assert_array_equal(value, native[name], err_msg=name)
 
 
 @pytest.mark.parametrize("op, case", cases(REST))

@@ -12,11 +12,14 @@ from .common import assert_close, cast, check_backward, check_finite_differences
 GRADIENTS = ("dx", "drow_weight", "dup", "dup_bias", "ddown", "ddown_bias")
 
 
-def run(inputs, dy=None):
+COMPUTES = promoe.backend_info()["computes"]
+
+
+def run(inputs, dy=None, compute="fp32"):
     """Forward and backward: everything the op writes."""
-    outs = ops.experts_forward(**inputs)
+    outs = ops.experts_forward(**inputs, compute=compute)
     dy = np.ones_like(outs["y"]) if dy is None else dy
-    return outs | ops.experts_backward(**inputs, **outs, dy=dy)
+    return outs | ops.experts_backward(**inputs, **outs, dy=dy, compute=compute)
 
 
 @pytest.mark.parametrize("case", oracle.CASES)
@@ -49,13 +52,14 @@ def test_oracle_by_finite_differences(case):
 
 @pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "skewed", "slices", "dense", "blocks", "wide",
                                   "swiglu_biases", "swiglu_blocks"])
-def test_same_bits_for_any_thread_count(case):
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_same_bits_for_any_thread_count(case, compute):
     inputs, results = make("experts", case), []
     before = promoe.get_num_threads()
     try:
         for threads in (1, 2, 3):
             promoe.set_num_threads(threads)
-            results.append(run(inputs))
+            results.append(run(inputs, compute=compute))
     finally:
         promoe.set_num_threads(before)
     for other in results[1:]:
@@ -64,17 +68,18 @@ def test_same_bits_for_any_thread_count(case):
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_a_row_does_not_depend_on_its_company(activation):
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_row_does_not_depend_on_its_company(activation, compute):
     """A token's result has the same bits in a batch and alone."""
     inputs = oracle.case(70, 24, (48,) * 5, (48,), activation=activation)(np.random.default_rng(0))
-    y = ops.experts_forward(**inputs)["y"]
+    y = ops.experts_forward(**inputs, compute=compute)["y"]
     groups = len(inputs["row_off"]) - 1
     for n in (0, 1, 33, 69):
         row = inputs["tok_row"][inputs["tok_off"][n]]
         group = np.searchsorted(inputs["row_off"], row, side="right") - 1
         alone = inputs | oracle.plan(np.array([[group]]), inputs["row_weight"][[row]][None], groups)
         alone["x"] = inputs["x"][[n]]
-        np.testing.assert_array_equal(ops.experts_forward(**alone)["y"][0], y[n])
+        np.testing.assert_array_equal(ops.experts_forward(**alone, compute=compute)["y"][0], y[n])
 
 
 def test_parameter_gradients_accumulate_and_others_are_set():
@@ -146,13 +151,14 @@ def test_weight_zero_still_has_a_gradient():
 
 
 @pytest.mark.parametrize("case", ["promoe", "widths", "some_without", "no_rows_no_shared", "D17", "swiglu",
-                                  "swiglu_biases", "swiglu_some_without", "swiglu_D33"])
-def test_what_scratch_held_before_does_not_matter(case):
+                                  "swiglu_biases", "swiglu_some_without", "swiglu_D33", "swiglu_blocks"])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_what_scratch_held_before_does_not_matter(case, compute):
     inputs = make("experts", case)
-    clean = run(inputs)
+    clean = run(inputs, compute=compute)
     _core._poison(True)
     try:
-        poisoned = run(inputs)
+        poisoned = run(inputs, compute=compute)
     finally:
         _core._poison(False)
     for name in {"y", *GRADIENTS} & set(clean):

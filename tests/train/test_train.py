@@ -7,13 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import promoe
+from promoe import _core
 from promoe.data import Order
 from promoe.folder import Log
+from promoe.train import say_where
 from tests.train.common import (
     CONFIG,
     SETTINGS,
@@ -25,6 +29,15 @@ from tests.train.common import (
     run,
     state,
 )
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+LEVEL_SCRIPT = """
+import sys
+root, out, steps, compute = sys.argv[1:]
+sys.path.insert(0, root)
+from tests.train.common import run
+run(out, int(steps), compute=compute)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +60,36 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, stops):
     for steps in stops:
         result = run(tmp_path / "run", steps)
     assert_same_run(result, whole)
+
+
+@pytest.mark.parametrize("before, now, compute, warns", [
+    ("avx512", "amx", "fp32", False), ("amx", "avx512", "fp32", False), ("amx", "amx", "bf16", False),
+    ("avx512", "amx", "bf16", True), ("amx", "avx512", "bf16-emulated", True), ("amx", "avx2", "fp32", True),
+    ("avx2", "generic", "fp32", True),
+])
+def test_a_warning_where_the_bits_will_differ(before, now, compute, warns):
+    model = SimpleNamespace(device="cpu", level=now, compute=compute)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        say_where({"device": "cpu", "level": before, "compute": compute}, model, "here")
+    assert [str(w.message).split(":")[0] for w in said] == (
+        [f"here was trained with {before} and goes on with {now}"] if warns else [])
+
+
+@pytest.mark.skipif("amx" not in _core.levels(), reason="needs AMX")
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_from_level_to_level(tmp_path, compute):
+    """fp32 goes on from amx to avx512 with the bits of an uninterrupted run; bf16 goes on with others."""
+    def at(level, out, steps):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", LEVEL_SCRIPT, ROOT, str(out), str(steps), compute],
+                       env={**os.environ, "PROMOE_CPU": level}, check=True)
+
+    at("amx", tmp_path / "whole", 4)
+    at("amx", tmp_path / "parts", 2)
+    at("avx512", tmp_path / "parts", 4)
+    ends = [promoe.checkpoint.load(tmp_path / name) for name in ("whole", "parts")]
+    assert [model.step for model in ends] == [4, 4]
+    assert (state(ends[0]) == state(ends[1])) == (compute == "fp32")
 
 
 def test_resumed_without_an_average(tmp_path):
@@ -261,8 +304,7 @@ run({out!r}, 100000, on_step=lambda step, info: print(step, flush=True), keep_la
 
 
 def start_training(out):
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=root, out=str(out))],
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=ROOT, out=str(out))],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
