@@ -142,7 +142,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert_same_run(whole, run(tmp_path / "parts", 5, device=DEVICE))
     manifest = promoe.checkpoint.newest_checkpoint(tmp_path / "whole", print)[1]
     assert manifest["device"] == DEVICE and manifest["level"].startswith("sm_")
-    with pytest.warns(UserWarning, match=rf"was trained with {DEVICE} \(sm_\d+\) and goes on with (avx|generic)"):
+    with pytest.warns(UserWarning, match=rf"was trained with {DEVICE} \(sm_\d+\) and goes on with (amx|avx|generic)"):
         run(tmp_path / "whole", 6)
 
 
