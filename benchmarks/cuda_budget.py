@@ -8,7 +8,7 @@ come from memory when the L2 cache holds the rest), and the operations of its te
 count each matrix once. It is done for one image and for two (routed experts: more); what follows for many is a straight line
 through both. bf16.
 
-Budget (B3 of the notes on performance): outside of products and attention, 24 D bytes per token and block forward and 53 D
+Budget: outside of products and attention, 24 D bytes per token and block forward and 53 D
 backward, at 4.0 TB/s; the optimizer 38 bytes per parameter, its norm 8; products at 720 TFLOP/s, attention at 380.
 The routed experts take a quarter of an hour at XL: only with --experts.
 """
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 DEVICE, COMPUTE = "cuda-on-cpu", "bf16"
-BANDWIDTH, PRODUCTS, ATTENTION = 4.0e12, 720e12, 380e12  # of an H200: bytes and operations per second that B3 reckons with
+BANDWIDTH, PRODUCTS, ATTENTION = 4.0e12, 720e12, 380e12  # of an H200: bytes and operations per second that the budget reckons with
 BUDGET = {"forward": 24, "backward": 53}  # bytes per number of the stream and block
 # Images of the two runs. With 13 groups of experts 13 images are 256 rows for each: whole tiles, as many images nearly have
 # (half a tile per group and layer is lost: 1 % at 256 images, 5 % at 64).

@@ -1,10 +1,10 @@
 // adamw.cu: contract in csrc/ops/adamw.h. First one thread works out, in double, what is the same for
 // all numbers: hyper and norm are read on the device, so a captured graph sees those of its replay.
 // Then one sweep over the slabs, a thread per four numbers: grad, param, m, v and avg are read and
-// written once, 16 bytes at a time: 40 M bytes, 32 M without avg; and the bf16 shadows of what lies in a
-// matrix (2 bytes more), found by walking the list from the matrix of the block's first number. No number needs another, so where one
-// lies in a slab changes no bit, and with every product and sum spelled out (fmaf) they are the CPU's,
-// as far as pow is.
+// written once, 16 bytes at a time: 40 M bytes, 32 M without avg; and 2 for the bf16 shadow of what lies
+// in a matrix, found by walking the list from the matrix of the block's first number. No number needs
+// another, so where one lies in a slab changes no bit, and with every product and sum spelled out
+// (fmaf) they are the CPU's, as far as pow is.
 #include <math.h>
 
 #include "common.cuh"

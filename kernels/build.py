@@ -160,7 +160,10 @@ def main():
     rows = resources(logs, found["nvcc"])
     print(table(rows))
     if arguments.resources:
-        arguments.resources.write_text(json.dumps({"nvcc": version(found["nvcc"]), "kernels": rows}, indent=1) + "\n")
+        commit = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT,
+                                capture_output=True, text=True).stdout.strip()
+        held = {"nvcc": version(found["nvcc"]), "commit": commit or "unknown", "kernels": rows}
+        arguments.resources.write_text(json.dumps(held, indent=1) + "\n")
 
 
 def describe(found):

@@ -245,8 +245,6 @@ double pm_os_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-void pm_os_yield(void) { sched_yield(); }
-
 #if defined(__linux__)
 void pm_os_wait(_Atomic uint32_t *word, uint32_t value)
 {

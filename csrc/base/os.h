@@ -29,7 +29,6 @@ void pm_os_wake(_Atomic uint32_t *word);
  * then on a thread's signal stack must have room for them. */
 const char *pm_os_refuses_tiles(void);
 
-void pm_os_yield(void);
 void pm_os_name_thread(const char *name); /* what top and gdb show; at most 15 characters */
 
 #endif

@@ -1,4 +1,4 @@
-/* rng.c: the draws, for callers outside a backend. */
+/* rng.c: Philox's words, for callers outside a backend. */
 #include "rng.h"
 
 void pm_philox(int64_t seed, uint32_t stream, int64_t position, uint32_t block, uint32_t out[4])
@@ -9,14 +9,4 @@ void pm_philox(int64_t seed, uint32_t stream, int64_t position, uint32_t block, 
     out[3] = block;
     pm_philox_rounds((uint32_t)(uint64_t)seed, (uint32_t)((uint64_t)seed >> 32), out, out + 1,
                      out + 2, out + 3);
-}
-
-void pm_uniform(int64_t seed, uint32_t stream, int64_t position, int64_t n, float *out)
-{
-    pm_draws(seed, stream, position, 0, n, out, 0);
-}
-
-void pm_normal(int64_t seed, uint32_t stream, int64_t position, int64_t n, float *out)
-{
-    pm_draws(seed, stream, position, 0, n, out, 1);
 }

@@ -5,7 +5,7 @@
  * sample, index counts the draws of that sample. No state, so nothing to save and nothing to race.
  *
  * The functions are in the header so that each instruction-set level of a backend compiles its own;
- * the bits are the same on all (fmath.h). rng.c has them for everyone else. */
+ * the bits are the same on all (fmath.h). rng.c has Philox's words for everyone else. */
 #ifndef PM_BASE_RNG_H
 #define PM_BASE_RNG_H
 
@@ -19,18 +19,11 @@ enum {
     PM_STREAM_DROP,      /* its label drop */
     PM_STREAM_SAMPLER,   /* initial noise of a generated sample */
     PM_STREAM_INIT,      /* initial weights: position is the parameter's place in the walk */
-    PM_STREAM_DATA,      /* data order (Python asks for it) and flips */
 };
 
 /* Four 32-bit words: key = seed, counter = (position, stream, block). Word i of block b is draw
  * 4 b + i of the stream. */
 void pm_philox(int64_t seed, uint32_t stream, int64_t position, uint32_t block, uint32_t out[4]);
-
-/* n uniform draws in the open interval (0, 1): odd multiples of 2^-24. n <= 2^34. */
-void pm_uniform(int64_t seed, uint32_t stream, int64_t position, int64_t n, float *out);
-
-/* n standard normal draws; |x| < 6.8. n <= 2^34. */
-void pm_normal(int64_t seed, uint32_t stream, int64_t position, int64_t n, float *out);
 
 /* ---------------------------------------------------------------- the functions themselves */
 
@@ -72,8 +65,9 @@ PM_FMATH void pm_normal_pair(uint32_t word0, uint32_t word1, float *x0, float *x
 }
 
 #if !defined(__CUDACC__)
-/* Draws first .. first + n - 1 of a stream, uniform or normal; first is a multiple of 4. Sixteen
- * blocks at a time, in arrays, so that the compiler computes them side by side. */
+/* Draws first .. first + n - 1 of a stream (up to 2^34): uniform in the open interval (0, 1), odd
+ * multiples of 2^-24, or standard normal, |x| < 6.8; first is a multiple of 4. Sixteen blocks at a
+ * time, in arrays, so that the compiler computes them side by side. */
 PM_FMATH void pm_draws(int64_t seed, uint32_t stream, int64_t position, int64_t first, int64_t n,
                        float *out, int normal)
 {

@@ -104,8 +104,7 @@ typedef void (*attention_tile_fn)(int64_t k, const float *a, int64_t lda, const 
 static const attention_tile_fn attention_tile[3][PM_MR + 1] = {
     {NULL}, {NULL, PRODUCT_HEIGHTS(ATTENTION_NAME, 1)}, {NULL, PRODUCT_HEIGHTS(ATTENTION_NAME, 2)}};
 
-/* How many numbers n are in whole vectors, and how many vectors a panel of n has. */
-static inline int64_t attention_pad(int64_t n) { return pm_blocks(n, PM_WIDTH) * PM_WIDTH; }
+/* How many vectors a panel of n has. */
 static inline int64_t attention_vectors(int64_t n) { return n > PM_WIDTH ? 2 : 1; }
 
 /* The distance between rows of n: an odd number of cache lines, which spreads them over the sets of

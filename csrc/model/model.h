@@ -17,7 +17,6 @@ pm_status pm_model_create(pm_ctx *ctx, const pm_config *cfg, int64_t seed, pm_mo
 void pm_model_free(pm_ctx *ctx, pm_model *model);
 
 const pm_config *pm_model_config(const pm_model *model);
-const pm_layout *pm_model_layout(const pm_model *model);
 int64_t pm_model_step(const pm_model *model);    /* updates done */
 int64_t pm_model_skipped(const pm_model *model); /* updates left out: a gradient was not finite */
 

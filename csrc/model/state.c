@@ -7,7 +7,6 @@
 #include "../base/threads.h"
 
 const pm_config *pm_model_config(const pm_model *m) { return &m->cfg; }
-const pm_layout *pm_model_layout(const pm_model *m) { return &m->layout; }
 int64_t pm_model_step(const pm_model *m) { return m->step; }
 int64_t pm_model_skipped(const pm_model *m) { return m->skipped; }
 

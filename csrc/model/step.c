@@ -319,7 +319,7 @@ typedef struct {
     bool has_ema;
 } optimization;
 
-/* Norm, AdamW, and the derived twins of the new weights (or of the old ones, when it was skipped). */
+/* Norm, AdamW, and the derived twins of the new weights (a skipped update leaves them). */
 static pm_status optimize(void *arg)
 {
     optimization *const o = arg;

@@ -187,9 +187,11 @@ static void add_parameters(page *p, const bind_op *op, bool backward)
             comma = ", ";
         }
     add(p, " : int, optional\n    Dimensions; needed only where no array determines them.\n");
-    add(p, "device : str, default 'cpu'\n    Or 'cuda': the arrays are copied there and back.\n"
-           "compute : str, default 'fp32'\n    Or 'bf16'; then a GPU also keeps activations so, "
-           "and rounds the arrays.\n\n");
+    add(p, "device : str, default 'cpu'\n    Or 'cuda': NumPy arrays are copied there and back, "
+           "arrays of the GPU are used where they are.\n"
+           "compute : str, default 'fp32'\n    What products multiply, as of promoe.Model: 'bf16', "
+           "'bf16-emulated' (a CPU) or\n    'tf32' (a GPU). In 'bf16' a GPU also keeps activations "
+           "so, and rounds NumPy arrays.\n\n");
 }
 
 static void add_returns(page *p, const bind_op *op, bool backward)

@@ -9,10 +9,7 @@ import numpy as np
 from promoe import _core, ops
 from tests.ops.common import ULP, make, oracle
 
-DTYPES = {"float32": np.float32, "float64": np.float64, "int32": np.int32, "int64": np.int64,
-          "weight": np.float32}
 ARRAYS = ("IN", "OPT", "OUT", "SAVED", "INOUT", "INOPT")
-INPUTS = ("IN", "OPT", "INOUT", "INOPT")
 FUNCTIONS = [(op, which) for op in ops.names() for which in ("forward", "backward")
              if hasattr(ops, f"{op}_{which}") and find_spec(f"tests.oracle.{op}")]
 CASES = [(op, which, case) for op, which in FUNCTIONS for case in oracle(op).CASES]
