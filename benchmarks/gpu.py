@@ -1,10 +1,11 @@
 """make gpu-test | gpu-sanitize | gpu-bench: what needs an NVIDIA GPU, in jobs that are run once each.
 
-    python -m benchmarks.gpu test|sanitize|bench [--seconds 480] [--official PATH] [--again]
+    python -m benchmarks.gpu test|sanitize|bench [--seconds 480] [--at-once N] [--only WORDS] [--official PATH] [--again]
 
 A call works for at most --seconds and ends; the next call of the same commit on the same GPU goes on with the jobs that are
-left. All of them are in one file, benchmarks/results/DATE-GPU-WHAT.json, written after every job. Exit status: 0 all jobs
-are done and passed, 1 one failed, 3 some are left. Without a GPU it says why there is none, and fails.
+left. All of them are in one file, benchmarks/results/DATE-GPU-WHAT.json, written after every job. Tests share the GPU,
+measurements have it for themselves. Exit status: 0 all jobs are done and passed, 1 one failed, 3 some are left. Without a
+GPU it says why there is none, and fails.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,20 +94,24 @@ def write(path, content):
     part.replace(path)
 
 
-def run_jobs(what, jobs, about, seconds=SECONDS, again=False):
-    """Runs what is left of the jobs; the exit status."""
+def run_jobs(what, jobs, about, seconds=SECONDS, again=False, at_once=1, only=""):
+    """Runs what is left of the jobs whose name has the pattern, some at once; the exit status."""
     deadline = time.monotonic() + seconds
     path, content = open_result(what, about, again)
-    for job in jobs:
-        if job.name in content["jobs"]:
-            continue
+    lock = threading.Lock()
+
+    def run(job):
         left = deadline - time.monotonic()
         found = job.run(left) if left > LEAST or left >= job.limit else None
         if found is None:
-            break
-        content["jobs"][job.name] = found
-        write(path, content)
-        print(f"{found['status']:<8}{job.name:<40}{found['seconds']:7.1f} s  {found.get('why', '')}", flush=True)
+            return
+        with lock:
+            content["jobs"][job.name] = found
+            write(path, content)
+            print(f"{found['status']:<8}{job.name:<40}{found['seconds']:7.1f} s  {found.get('why', '')}", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, [job for job in jobs if job.name not in content["jobs"] and re.search(only, job.name)]))
     done = [job for job in jobs if job.name in content["jobs"]]
     content["complete"] = len(done) == len(jobs)
     write(path, content)
@@ -211,11 +218,14 @@ def main(argv=None):
     parser.add_argument("what", choices=["test", "sanitize", "bench"])
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of this call")
     parser.add_argument("--official", help="a checkout of the public code, to measure beside ours (needs torch)")
+    parser.add_argument("--at-once", type=int, help="how many tests share the GPU (a third of the cores)")
+    parser.add_argument("--only", default="", help="the jobs whose name matches this pattern")
     parser.add_argument("--again", action="store_true", help="from the beginning, into a new file")
     a = parser.parse_args(argv)
     about = head()
     jobs = {"test": test_jobs, "sanitize": sanitize_jobs, "bench": bench_jobs}[a.what](a)
-    return run_jobs(f"gpu-{a.what}", jobs, about, a.seconds, a.again)
+    at_once = 1 if a.what == "bench" else a.at_once or max(1, (os.cpu_count() or 1) // 3)
+    return run_jobs(f"gpu-{a.what}", jobs, about, a.seconds, a.again, at_once, a.only)
 
 
 if __name__ == "__main__":

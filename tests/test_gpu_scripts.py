@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,12 @@ def test_every_op_has_its_jobs():
     assert len(names) == len(set(names)) == 2 + 2 * len(ops.names())
     assert {Path(a).name for j in gpu.test_jobs(None) for a in j.command if a.endswith(".py")} <= {
         p.name for p in ROOT.glob("tests/**/*.py")}
+
+
+def test_jobs_at_once_and_a_part_of_them(results, capsys):
+    jobs = [job(name, "import time; time.sleep(1)") for name in ("one", "two", "three", "four")]
+    began = time.perf_counter()
+    assert gpu.run_jobs("gpu-test", jobs, ABOUT, 30, at_once=3, only="one|t") == 3
+    assert time.perf_counter() - began < 2.5
+    assert "3 of 4 jobs done, 0 failed" in capsys.readouterr().out
+    assert gpu.run_jobs("gpu-test", jobs, ABOUT, 30) == 0
