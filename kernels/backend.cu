@@ -352,6 +352,7 @@ bool find_device(char *message, size_t bytes)
     PM_OPEN("cudaDeviceGetAttribute",
             cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
     self.capability = 10 * major + minor;
+    self.gpu.hopper = self.capability == 90;
     cudaDeviceProp properties;
     PM_OPEN("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, 0));
     snprintf(self.name, sizeof self.name, "%s, %.1f GB, driver for CUDA %d.%d", properties.name,

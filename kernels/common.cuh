@@ -23,6 +23,7 @@ using bf16 = __nv_bfloat16;
 struct pm_gpu {
     cudaStream_t stream;
     int processors;            // SMs
+    bool hopper;               // sm_90: wgmma
     size_t shared_most;        // bytes of shared memory that a block may ask for
     unsigned long long *fault; // pm_fault below
 };

@@ -75,6 +75,12 @@ using bf16_short = pm_shape<bf16, true, 128, 128, 32, 4, 2, 2, 2>;
 using bf16_long = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4, 1>;
 using bf16_long_128 = pm_shape<bf16, true, 128, 128, 64, 3, 2, 4, 1>;
 using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2, 3>;
+// On Hopper wgmma reads both operands from shared memory: 128 x 128, two warpgroups, 3 stages of 64
+// numbers in 99 KB and 64 sums a thread, so that two blocks fit an SM, and one stores (a third of
+// up's time at D = 1152 if it waited) while the other multiplies.
+using bf16_wgmma = pm_shape_wgmma<128, 128, 3, 2>;
+using bf16_wgmma_192 = pm_shape_wgmma<128, 192, 4, 1>;
+using bf16_wgmma_256 = pm_shape_wgmma<128, 256, 4, 1>;
 using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>;
 using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2, 3>;
 using fp32_large = pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>;
@@ -772,9 +778,10 @@ template <class T, class What>
 auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 {
     if constexpr (std::is_same<T, bf16>::value)
-        return !is_large(g)     ? what(path<bf16_small>())
-               : fits_192(g->D) ? what(path<bf16_short, bf16_long>())
-                                : what(path<bf16_short, bf16_long_128>());
+        return !is_large(g)         ? what(path<bf16_small>())
+               : pm_device().hopper ? what(path<bf16_wgmma>())
+               : fits_192(g->D)     ? what(path<bf16_short, bf16_long>())
+                                    : what(path<bf16_short, bf16_long_128>());
     else if (ctx->backend->compute == PM_TF32)
         return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
     else

@@ -10,9 +10,9 @@
 // multiplied.
 //
 // What multiplies depends on the shape (pm_shape): bf16 by mma.m16n8k16, float by mma.m16n8k8 of
-// tf32, or float by FMA. All run over the depth upwards, and a step's zeros beyond the end of a
-// segment add nothing, so an element's bits depend neither on the size of the tile nor on its
-// place.
+// tf32, or float by FMA; or (pm_shape_wgmma, Hopper) bf16 by wgmma, which reads both operands from
+// shared memory. All run over the depth upwards, and a step's zeros beyond the end of a segment add
+// nothing, so an element's bits depend neither on the size of the tile nor on its place.
 //
 // Memory. An operand is lines of consecutive numbers: along the depth (a row of a, a column of b),
 // or across it (MINOR: a line is one k). 16 bytes travel at a time, 8 lanes or more to a line,
@@ -23,6 +23,7 @@
 // of 16-byte units for bf16 (72, 40, 136, 200 numbers): the 8 rows of an ldmatrix are then in 8
 // different units of 128 bytes. Floats along the depth: 36 or 20 to a line, and 4 g + t or 20 g + t
 // (g < 8, t < 4) are 32 different banks; across it: 8 more than a multiple of 32, and 8 t + g are.
+// For wgmma lines are cut into 128 bytes, whose 16-byte units are swizzled (pm_stage).
 #pragma once
 #include "common.cuh"
 
@@ -36,6 +37,7 @@ template <class T_, bool TENSOR_, int BM_, int BN_, int BK_, int STAGES_, int WA
 struct pm_shape {
     using T = T_;
     static constexpr bool TENSOR = TENSOR_; // false: FMA
+    static constexpr bool WGMMA = false;
     static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
     static constexpr int WARPS_N = WARPS_N_, THREADS = 32 * WARPS_M_ * WARPS_N_;
     static constexpr int BLOCKS = BLOCKS_; // of an SM at a time, for __launch_bounds__
@@ -51,14 +53,28 @@ struct pm_shape {
     static_assert(WM % 16 == 0 && WN % 16 == 0 && BK % 16 == 0, "whole fragments");
 };
 
+// bf16 by wgmma: a warpgroup (128 threads) for every 64 rows, which has all columns of them.
+template <int BM_, int BN_, int STAGES_, int BLOCKS_> struct pm_shape_wgmma {
+    using T = bf16;
+    static constexpr bool TENSOR = true, WGMMA = true;
+    static constexpr int BM = BM_, BN = BN_, BK = 64, STAGES = STAGES_;
+    static constexpr int THREADS = BM / 64 * 128, BLOCKS = BLOCKS_;
+    static constexpr int VECTOR = 8, TILE_LD = BN + 8, CHUNKS = BN / 8;
+    // Products that may be unfinished when the next one is begun: with one block to an SM one, so
+    // that the tensor cores do not wait for the barrier; else the other block's fill the gap.
+    static constexpr int BEHIND = BLOCKS == 1 ? 1 : 0;
+    static_assert(BM % 64 == 0 && BN % 64 == 0 && STAGES >= 2 + BEHIND, "whole instructions");
+};
+
 constexpr int pm_gcd(int a, int b) { return b ? pm_gcd(b, a % b) : a; }
 
 // Lines of an operand in shared memory. EXTENT: BM or BN.
 template <class S, int EXTENT, bool MINOR> struct pm_stage {
     static constexpr int LINES = MINOR ? S::BK : EXTENT, LENGTH = MINOR ? EXTENT : S::BK;
-    static constexpr int LD = LENGTH +
-                              (std::is_same<typename S::T, float>::value ? (MINOR ? 8 : 4) : 8);
-    static constexpr int NUMBERS = LINES * LD;
+    static constexpr int PAD = S::WGMMA                                              ? 0
+                               : std::is_same<typename S::T, float>::value && !MINOR ? 4
+                                                                                     : 8;
+    static constexpr int LD = LENGTH + PAD, NUMBERS = LINES * LD;
     // Copies, of 16 bytes: ACROSS threads have neighbouring ones of a line, and so take ROWS lines,
     // ROUNDS times each. All that is a constant beyond the first place.
     static constexpr int CHUNKS = LENGTH / S::VECTOR, ACROSS = pm_gcd(CHUNKS, S::THREADS);
@@ -66,19 +82,31 @@ template <class S, int EXTENT, bool MINOR> struct pm_stage {
     static constexpr int ROWS = LINES / APART;
     static_assert(LINES % APART == 0, "every thread copies the same number of times");
 
+    // Where a line's number is. wgmma (PTX ISA, "Shared Memory Matrix Layout", 128-byte swizzle): the
+    // lines' first 64 numbers one after another, then their next 64; unit u of the 8 of line l is
+    // in place u ^ l % 8, so that 8 lines' units are in different banks.
+    static __device__ __forceinline__ int place(int line, int column)
+    {
+        if (S::WGMMA)
+            return (column / 64 * LINES + line) * 64 + ((column / 8 ^ line) & 7) * 8 + column % 8;
+        return line * LD + column;
+    }
     // Where number (i of the extent, k) is.
     static __device__ __forceinline__ int at(int i, int k)
     {
-        return MINOR ? k * LD + i : i * LD + k;
+        return MINOR ? place(k, i) : place(i, k);
     }
 };
+
+// wgmma's 8 lines of 128 bytes begin at a multiple of this.
+constexpr size_t PM_SWIZZLED = 1024;
 
 // Bytes of dynamic shared memory: the stages, and afterwards the tile with one float per chunk.
 template <class S, bool A_MINOR, bool B_MINOR> constexpr size_t pm_product_shared()
 {
-    const size_t stages =
-        S::STAGES * sizeof(typename S::T) *
-        (pm_stage<S, S::BM, A_MINOR>::NUMBERS + pm_stage<S, S::BN, B_MINOR>::NUMBERS);
+    const size_t stages = (S::WGMMA ? PM_SWIZZLED : 0) + S::STAGES * sizeof(typename S::T) *
+                                                             (pm_stage<S, S::BM, A_MINOR>::NUMBERS +
+                                                              pm_stage<S, S::BN, B_MINOR>::NUMBERS);
     const size_t tile = sizeof(float) * S::BM * (S::TILE_LD + S::CHUNKS);
     return stages > tile ? stages : tile;
 }
@@ -157,7 +185,7 @@ template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader
                 const int left = row[i] < 0 ? 0 : least;
                 const T *const from = lines.at + (is_partner(i) ? lines.partner : 0) +
                                       row[i] * lines.ld + (MINOR ? 0 : k0) + column;
-                T *const place = to + line_of(i) * stage::LD + column;
+                T *const place = to + stage::place(line_of(i), column);
                 if (aligned) {
                     cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
                 } else {
@@ -316,7 +344,162 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
     }
 };
 
+// A warpgroup's 64 rows. Thread: rows 16 (warp % 4) + lane / 4 and 8 below it, of every 8 columns
+// 2 (lane % 4) and the next: d[4 j ..] of columns 8 j.
+template <class S> struct pm_sums_wgmma {
+    float d[S::BN / 2] = {};
+
+    template <bool A_MINOR, bool B_MINOR>
+    __device__ __forceinline__ void multiply(const bf16 *a, const bf16 *b)
+    {
+        // The same in all lanes, and the compiler is to know it: descriptors are uniform.
+        const int group = __shfl_sync(PM_ALL, (int)threadIdx.x / 128, 0);
+        const wgmma_operand of_a = describe<A_MINOR>(a + group * 64 * S::BK),
+                            of_b = describe<B_MINOR>(b);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < S::BK; k += 16)
+            wgmma_m64k16<S::BN, A_MINOR, B_MINOR>(d, wgmma_advance(of_a, k * (A_MINOR ? 128 : 2)),
+                                                  wgmma_advance(of_b, k * (B_MINOR ? 128 : 2)));
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void store(float *tile) const
+    {
+        const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < S::BN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                *reinterpret_cast<float2 *>(tile + (warp * 16 + g + e * 8) * S::TILE_LD + j * 8 +
+                                            2 * t) =
+                    make_float2(d[4 * j + 2 * e], d[4 * j + 2 * e + 1]);
+    }
+    // Groups of 8 lines are 1024 bytes apart; across the depth, the next 64 numbers of the lines
+    // follow them.
+    template <bool MINOR> static __device__ __forceinline__ wgmma_operand describe(const bf16 *at)
+    {
+        return wgmma_describe(at, MINOR ? S::BK * 128 : 16, 1024);
+    }
+};
+
 // ---------------------------------------------------------------- the product
+
+// Fetches steps into the stages, one after another: a's stages, and b's behind them.
+template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED, class Segments> struct pm_feed {
+    using T = typename S::T;
+    using sa = pm_stage<S, S::BM, A_MINOR>;
+    using sb = pm_stage<S, S::BN, B_MINOR>;
+    const Segments &segments;
+    int rows, columns;
+    T *const stages;
+    pm_loader<S, S::BM, A_MINOR> from_a;
+    pm_loader<S, S::BN, B_MINOR, B_PAIRED> from_b;
+    int segment = -1, k0 = 0, depth = 0, fill = 0; // what is fetched next, and into which stage
+
+    __device__ __forceinline__ pm_feed(const Segments &segments_, int rows_, int columns_,
+                                       void *shared)
+        : segments(segments_), rows(rows_), columns(columns_), stages(static_cast<T *>(shared))
+    {
+    }
+    __device__ __forceinline__ T *a(int stage) const { return stages + stage * sa::NUMBERS; }
+    __device__ __forceinline__ T *b(int stage) const
+    {
+        return stages + S::STAGES * sa::NUMBERS + stage * sb::NUMBERS;
+    }
+    __device__ __forceinline__ int steps() const
+    {
+        int sum = 0;
+        for (int i = 0; i < segments.count(); i++)
+            sum += (segments.depth(i) + S::BK - 1) / S::BK;
+        return sum;
+    }
+    // more: false at the end, where a group of nothing makes the waits count the same.
+    __device__ __forceinline__ void fetch(bool more)
+    {
+        if (more) {
+            while (k0 >= depth) {
+                depth = segments.depth(++segment);
+                k0 = 0;
+                if (depth > 0) {
+                    from_a.begin(segments.a(segment), rows, depth);
+                    from_b.begin(segments.b(segment), columns, depth);
+                }
+            }
+            from_a.fetch(a(fill), k0);
+            from_b.fetch(b(fill), k0);
+            k0 += S::BK;
+            fill = next(fill);
+        }
+        cp_async_commit();
+    }
+    static __device__ __forceinline__ int next(int stage)
+    {
+        return stage + 1 == S::STAGES ? 0 : stage + 1;
+    }
+};
+
+// The sums of a thread, by fragments that are loaded into registers.
+template <class S, bool A_MINOR, bool B_MINOR, class Feed>
+PM_DEVICE pm_sums<S, A_MINOR, B_MINOR> pm_multiply(Feed &feed)
+{
+    using sums_of = pm_sums<S, A_MINOR, B_MINOR>;
+    constexpr int PARTS = S::BK / sums_of::K; // of a step
+    static_assert(PARTS % 2 == 0, "a step begins with the first fragments");
+    sums_of sums;
+    typename sums_of::fragments f[2]; // one is multiplied while the other comes from shared memory
+    int use = 0;                      // the stage that is multiplied
+    const int steps = feed.steps();
+    for (int i = 0; i < S::STAGES - 1; i++)
+        feed.fetch(i < steps);
+    cp_async_wait<S::STAGES - 2>();
+    __syncthreads();
+    if (steps > 0)
+        sums.load(f[0], feed.a(0), feed.b(0), 0);
+#pragma unroll 1
+    for (int i = 0; i < steps; i++)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (part + 1 < PARTS) {
+                sums.load(f[(part + 1) % 2], feed.a(use), feed.b(use), (part + 1) * sums_of::K);
+            } else {
+                // The next stage is there for all, and all have read this one: it may be filled.
+                cp_async_wait<S::STAGES - 2>();
+                __syncthreads();
+                use = Feed::next(use);
+                if (i + 1 < steps)
+                    sums.load(f[0], feed.a(use), feed.b(use), 0);
+            }
+            if (part == 0)
+                feed.fetch(i + S::STAGES - 1 < steps);
+            sums.multiply(f[part % 2]);
+        }
+    return sums;
+}
+
+// The same by wgmma, which reads the stages itself, behind the program's back: a stage is filled
+// again when all warpgroups have waited for the product that read it, BEHIND steps ago.
+template <class S, bool A_MINOR, bool B_MINOR, class Feed>
+PM_DEVICE pm_sums_wgmma<S> pm_multiply_wgmma(Feed &feed)
+{
+    constexpr int AHEAD = S::STAGES - 1 - S::BEHIND; // steps that are fetched before they are used
+    pm_sums_wgmma<S> sums;
+    int use = 0;
+    const int steps = feed.steps();
+    for (int i = 0; i < AHEAD; i++)
+        feed.fetch(i < steps);
+#pragma unroll 1
+    for (int i = 0; i < steps; i++) {
+        cp_async_wait<AHEAD - 1>();
+        wgmma_wait<S::BEHIND>(sums.d);
+        fence_proxy_async();
+        __syncthreads();
+        sums.template multiply<A_MINOR, B_MINOR>(feed.a(use), feed.b(use));
+        feed.fetch(i + AHEAD < steps);
+        use = Feed::next(use);
+    }
+    wgmma_wait<0>(sums.d);
+    return sums;
+}
 
 // The tile, in shared memory, for the whole block (a barrier has passed), with one float per chunk
 // (BM x CHUNKS) behind it that is free to use. segments: count(), and for each depth(i), a(i),
@@ -326,72 +509,23 @@ struct pm_sums<S, A_MINOR, B_MINOR, std::enable_if_t<S::TENSOR>> {
 template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED = false, class Segments>
 PM_DEVICE float *pm_product(unsigned char *shared, const Segments &segments, int rows, int columns)
 {
-    using T = typename S::T;
-    using sa = pm_stage<S, S::BM, A_MINOR>;
-    using sb = pm_stage<S, S::BN, B_MINOR>;
-    T *const a_stages = reinterpret_cast<T *>(shared);
-    T *const b_stages = a_stages + S::STAGES * sa::NUMBERS;
-    pm_loader<S, S::BM, A_MINOR> a;
-    pm_loader<S, S::BN, B_MINOR, B_PAIRED> b;
-    int steps = 0;
-    for (int i = 0; i < segments.count(); i++)
-        steps += (segments.depth(i) + S::BK - 1) / S::BK;
-
-    int segment = -1, k0 = 0, depth = 0, fill = 0; // what is fetched next, and into which stage
-    const auto fetch = [&](bool more) {
-        if (more) {
-            while (k0 >= depth) {
-                depth = segments.depth(++segment);
-                k0 = 0;
-                if (depth > 0) {
-                    a.begin(segments.a(segment), rows, depth);
-                    b.begin(segments.b(segment), columns, depth);
-                }
-            }
-            a.fetch(a_stages + fill * sa::NUMBERS, k0);
-            b.fetch(b_stages + fill * sb::NUMBERS, k0);
-            k0 += S::BK;
-            fill = fill + 1 == S::STAGES ? 0 : fill + 1;
-        }
-        cp_async_commit(); // of nothing at the end, so that the wait below counts the same
-    };
-
-    using sums_of = pm_sums<S, A_MINOR, B_MINOR>;
-    constexpr int PARTS = S::BK / sums_of::K; // of a step
-    static_assert(PARTS % 2 == 0, "a step begins with the first fragments");
-    sums_of sums;
-    typename sums_of::fragments f[2]; // one is multiplied while the other comes from shared memory
-    int use = 0;                      // the stage that is multiplied
-    for (int i = 0; i < S::STAGES - 1; i++)
-        fetch(i < steps);
-    cp_async_wait<S::STAGES - 2>();
-    __syncthreads();
-    if (steps > 0)
-        sums.load(f[0], a_stages, b_stages, 0);
-#pragma unroll 1
-    for (int i = 0; i < steps; i++)
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            if (part + 1 < PARTS) {
-                sums.load(f[(part + 1) % 2], a_stages + use * sa::NUMBERS,
-                          b_stages + use * sb::NUMBERS, (part + 1) * sums_of::K);
-            } else {
-                // The next stage is there for all, and all have read this one: it may be filled.
-                cp_async_wait<S::STAGES - 2>();
-                __syncthreads();
-                use = use + 1 == S::STAGES ? 0 : use + 1;
-                if (i + 1 < steps)
-                    sums.load(f[0], a_stages + use * sa::NUMBERS, b_stages + use * sb::NUMBERS, 0);
-            }
-            if (part == 0)
-                fetch(i + S::STAGES - 1 < steps);
-            sums.multiply(f[part % 2]);
-        }
-    cp_async_wait_all();
-    __syncthreads();
+    using feed_of = pm_feed<S, A_MINOR, B_MINOR, B_PAIRED, Segments>;
     float *const tile = reinterpret_cast<float *>(shared);
-    sums.store(tile);
-    __syncthreads();
+    const auto store = [&](const auto &sums) {
+        cp_async_wait_all();
+        __syncthreads(); // all have read the stages
+        sums.store(tile);
+        __syncthreads();
+    };
+    if constexpr (S::WGMMA) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(shared);
+        feed_of feed(segments, rows, columns,
+                     shared + (PM_SWIZZLED - at % PM_SWIZZLED) % PM_SWIZZLED);
+        store(pm_multiply_wgmma<S, A_MINOR, B_MINOR>(feed));
+    } else {
+        feed_of feed(segments, rows, columns, shared);
+        store(pm_multiply<S, A_MINOR, B_MINOR>(feed));
+    }
     return tile;
 }
 

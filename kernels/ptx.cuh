@@ -146,6 +146,88 @@ template <int GROUPS> PM_PTX void cp_async_wait()
 }
 PM_PTX void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// ---------------------------------------------------------------- wgmma (sm_90a)
+// A warpgroup (128 threads, from a multiple of 128 on) multiplies what lies in shared memory, and the
+// program goes on meanwhile: d (64 x N) += a (64 x 16) b (16 x N), bf16 in, f32 out. A thread's
+// d[4 j + e]: row 16 (warp % 4) + g + e / 2 * 8, column 8 j + 2 t + e % 2. MINOR: neighbours are
+// along the extent of 64, or N; else along the depth. wgmma_begin comes before the products,
+// wgmma_commit closes their group; after wgmma_wait all groups but the newest GROUPS are done: d may
+// be read, and what they read be overwritten. What others than wgmma have put into shared memory,
+// cp.async among them, wgmma sees after fence_proxy_async by the thread that did it, and a barrier.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PM_WGMMA(...) asm volatile(__VA_ARGS__)
+#else
+#define PM_WGMMA(...) __trap() // the host does not launch it there
+#endif
+using wgmma_operand = uint64_t;
+
+// A matrix descriptor, of the 128-byte swizzle: 8 lines of 128 bytes are 1024, from a multiple of
+// 1024 on; the next 8 lines are `stride` bytes behind. leading (MINOR): from 64 numbers of a line to
+// its next 64.
+PM_PTX wgmma_operand wgmma_describe(const void *shared, int leading, int stride)
+{
+    return (uint64_t)1 << 62 | (uint64_t)(stride >> 4) << 32 | (uint64_t)(leading >> 4) << 16 |
+           (pm_shared_address(shared) & 0x3ffff) >> 4;
+}
+PM_PTX wgmma_operand wgmma_advance(wgmma_operand of, int bytes) { return of + (bytes >> 4); }
+
+PM_PTX void fence_proxy_async() { PM_WGMMA("fence.proxy.async.shared::cta;" ::: "memory"); }
+PM_PTX void wgmma_begin() { PM_WGMMA("wgmma.fence.sync.aligned;" ::: "memory"); }
+PM_PTX void wgmma_commit() { PM_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int GROUPS, int COUNT> PM_PTX void wgmma_wait(float (&d)[COUNT])
+{
+    PM_WGMMA("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        asm volatile("" : "+f"(d[i])::"memory"); // the compiler does not read it earlier
+}
+
+#define PM_NAMES_0                                                                                 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PM_NAMES_32                                                                                \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PM_NAMES_64                                                                                \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PM_NAMES_96                                                                                \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "   \
+    "%127"
+#define PM_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PM_32(i)                                                                                   \
+    PM_4(i), PM_4(i + 4), PM_4(i + 8), PM_4(i + 12), PM_4(i + 16), PM_4(i + 20), PM_4(i + 24),     \
+        PM_4(i + 28)
+#define PM_WGMMA_N(n, names, a, b, a_minor, b_minor, ...)                                          \
+    PM_WGMMA("{.reg .pred p; setp.eq.u32 p, 0, 0; "                                                \
+             "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" names "}, " a ", " b      \
+             ", p, 1, 1, " a_minor ", " b_minor ";}"                                               \
+             : __VA_ARGS__                                                                         \
+             : "l"(x), "l"(y), "n"((int)A_MINOR), "n"((int)B_MINOR))
+template <int N, bool A_MINOR, bool B_MINOR>
+PM_PTX void wgmma_m64k16(float (&d)[N / 2], wgmma_operand x, wgmma_operand y)
+{
+    static_assert(N == 128 || N == 192 || N == 256, "the widths that kernels use");
+    if constexpr (N == 128)
+        PM_WGMMA_N("128", PM_NAMES_0 ", " PM_NAMES_32, "%64", "%65", "%66", "%67", PM_32(0),
+                   PM_32(32));
+    else if constexpr (N == 192)
+        PM_WGMMA_N("192", PM_NAMES_0 ", " PM_NAMES_32 ", " PM_NAMES_64, "%96", "%97", "%98", "%99",
+                   PM_32(0), PM_32(32), PM_32(64));
+    else
+        PM_WGMMA_N("256", PM_NAMES_0 ", " PM_NAMES_32 ", " PM_NAMES_64 ", " PM_NAMES_96, "%128",
+                   "%129", "%130", "%131", PM_32(0), PM_32(32), PM_32(64), PM_32(96));
+}
+#undef PM_NAMES_0
+#undef PM_NAMES_32
+#undef PM_NAMES_64
+#undef PM_NAMES_96
+#undef PM_4
+#undef PM_32
+#undef PM_WGMMA_N
+#undef PM_WGMMA
+
 #undef PM_PTX
 #else
 #include <ptx_on_cpu.h>

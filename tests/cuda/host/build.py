@@ -49,7 +49,7 @@ def flags(source, variant):
         return [*COMMON, *v["all"], "-std=gnu11", "-x", "c"]
     if source.suffix == ".cu":
         return [*COMMON, *CXX, *KERNEL, *v["all"], *v["kernel"]]
-    fast = ["-O3", "-ffp-contract=fast"] if source.stem in ("collectives", "cublaslt") else []
+    fast = ["-O3", "-ffp-contract=fast"] if source.stem in ("collectives", "cublaslt", "wgmma") else []
     return [*COMMON, *CXX, *v["all"], *fast]
 
 

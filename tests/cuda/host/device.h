@@ -6,10 +6,10 @@
 //     threadIdx ..., vector types, templates;
 //   - __syncthreads (also _count, _and, _or), __syncwarp, __shfl_*_sync, votes, __reduce_*_sync,
 //     __match_any_sync; integer atomics (a float atomic does not compile: sums have an order);
-//   - kernels/ptx.cuh: PM_LAUNCH, mma, ldmatrix, cp.async;
+//   - kernels/ptx.cuh: PM_LAUNCH, mma, ldmatrix, cp.async, wgmma;
 //   - the math of CUDA listed below. Approximations (__expf, rsqrtf) are at least as accurate here.
 // It may not use: cooperative groups, named barriers, spinning on memory that another thread of the
-// block writes (reported after the time limit), textures, printf of pointers as results, wgmma, TMA.
+// block writes (reported after the time limit), textures, printf of pointers as results, TMA.
 #pragma once
 #include <cmath>
 #include <cstdint>

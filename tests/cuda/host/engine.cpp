@@ -247,7 +247,7 @@ bool complain(const char *text, ...)
     return false;
 }
 
-static const char *base_name(const char *file)
+const char *base_name(const char *file)
 {
     const char *slash = strrchr(file, '/');
     return slash ? slash + 1 : file;
@@ -447,6 +447,7 @@ static void thread_returned()
         const Copy &c = copies[self_index][0];
         fail("returned with a cp.async (%s:%d) that nobody waited for", base_name(c.file), c.line);
     }
+    wgmma_returned();
     self->state = State::RETURNED;
     w.live &= ~bit;
     w.ready &= ~bit;
@@ -594,6 +595,8 @@ void async_wait(int groups_left)
         memset(c.shared + c.source_bytes, 0, (size_t)(c.bytes - c.source_bytes));
     }
     queue.erase(queue.begin(), queue.begin() + (long)n);
+    if (n)
+        wgmma_copies_arrived();
 }
 
 // ------------------------------------------------------------------ signals
@@ -701,6 +704,7 @@ static void begin_block()
         copies[i].clear();
         committed[i] = 0;
     }
+    wgmma_block();
     block.warp = pick_bit(block.ready_warps);
 }
 

@@ -56,6 +56,9 @@ void async_copy(void *shared, const void *global, int bytes, int source_bytes, c
 void async_commit();
 void async_wait(int groups_left); // -1: all, committed or not
 
+// wgmma (wgmma.cpp): fence_proxy_async of the running thread.
+void wgmma_fence_copies();
+
 // The race detector's view of atomics and fences (race build only; else empty).
 enum class Kind { READ, WRITE, ATOMIC, ISSUE, ARRIVAL }; // the last two: of a cp.async's destination
 #ifdef PM_HOST_RACE

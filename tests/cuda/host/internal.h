@@ -60,8 +60,14 @@ std::string here();                           // "kernel f, block (0, 0, 0), thr
 std::string thread_name(int thread);          // "(1, 0, 0)"
 std::string describe(const void *p);          // "tile[3] + 8 bytes", "dynamic shared memory + 64", "0x..."
 bool in_shared(const void *p, size_t bytes);  // within one shared variable of the running kernel
+const char *base_name(const char *file); // without its folders
 bool in_shared_storage(const void *p);        // anywhere in the storage of shared memory
 extern int self_index;                        // thread of the block that runs; -1: none
+
+// wgmma.cpp: a block begins; copies of the running thread have arrived; it returns.
+void wgmma_block();
+void wgmma_copies_arrived();
+void wgmma_returned(); // fails when its warp has not waited for a product
 
 // Device memory (runtime.cpp).
 bool in_device(const void *p, size_t bytes); // within one allocation

@@ -8,7 +8,8 @@
 
 namespace pm_host {
 
-extern const Collective MMA_BF16, MMA_TF32, LDMATRIX, LDMATRIX_TRANS;
+extern const Collective MMA_BF16, MMA_TF32, LDMATRIX, LDMATRIX_TRANS, WGMMA, WGMMA_BEGIN, WGMMA_COMMIT,
+    WGMMA_WAIT;
 
 struct Mma { // d (m, n, 4), a (m, 4), b (n, 2)
     float *d;
@@ -35,6 +36,50 @@ inline void ldmatrix(const Collective &what, uint32_t *r, const void *row, int c
 }
 
 } // namespace pm_host
+
+struct wgmma_operand { // of a descriptor
+    const char *at;
+    int64_t leading, stride;
+};
+
+namespace pm_host {
+struct Wgmma {
+    float *d;
+    wgmma_operand a, b;
+    int n;
+    bool a_minor, b_minor;
+};
+} // namespace pm_host
+
+inline wgmma_operand wgmma_describe(const void *shared, int leading, int stride)
+{
+    return {(const char *)shared, leading, stride};
+}
+inline wgmma_operand wgmma_advance(wgmma_operand of, int bytes)
+{
+    return {of.at + bytes, of.leading, of.stride};
+}
+inline void fence_proxy_async() { pm_host::wgmma_fence_copies(); }
+inline void wgmma_begin(PM_SITE)
+{
+    pm_host::rendezvous(pm_host::WGMMA_BEGIN, 0xffffffffu, nullptr, file, line);
+}
+inline void wgmma_commit(PM_SITE)
+{
+    pm_host::rendezvous(pm_host::WGMMA_COMMIT, 0xffffffffu, nullptr, file, line);
+}
+template <int GROUPS, int COUNT> void wgmma_wait(float (&)[COUNT], PM_SITE)
+{
+    int groups = GROUPS;
+    pm_host::rendezvous(pm_host::WGMMA_WAIT, 0xffffffffu, &groups, file, line);
+}
+template <int N, bool A_MINOR, bool B_MINOR>
+void wgmma_m64k16(float (&d)[N / 2], wgmma_operand a, wgmma_operand b, PM_SITE)
+{
+    static_assert(N % 8 == 0 && N <= 256, "what the instruction has");
+    pm_host::Wgmma operand = {d, a, b, N, A_MINOR, B_MINOR};
+    pm_host::rendezvous(pm_host::WGMMA, 0xffffffffu, &operand, file, line);
+}
 
 #define PM_MMA(name, what)                                                                         \
     inline void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], PM_SITE)       \
