@@ -75,12 +75,13 @@ using bf16_short = pm_shape<bf16, true, 128, 128, 32, 4, 2, 2, 2>;
 using bf16_long = pm_shape<bf16, true, 128, 192, 64, 3, 2, 4, 1>;
 using bf16_long_128 = pm_shape<bf16, true, 128, 128, 64, 3, 2, 4, 1>;
 using bf16_small = pm_shape<bf16, true, 64, 64, 32, 3, 2, 2, 3>;
-// On Hopper wgmma reads both operands from shared memory: 128 x 128, two warpgroups, 3 stages of 64
+// On Hopper wgmma reads both operands from shared memory. 128 x 128: two warpgroups, 3 stages of 64
 // numbers in 99 KB and 64 sums a thread, so that two blocks fit an SM, and one stores (a third of
-// up's time at D = 1152 if it waited) while the other multiplies.
+// up's time at D = 1152 if it waited) while the other multiplies. 128 x 192 for the long ones, in 4
+// stages of 40 KB, one block per SM. On an H200, ProMoE-XL at 64 images: forward 246 (mma) -> 455
+// TFLOP/s, and 128 x 256 is no better.
 using bf16_wgmma = pm_shape_wgmma<128, 128, 3, 2>;
-using bf16_wgmma_192 = pm_shape_wgmma<128, 192, 4, 1>;
-using bf16_wgmma_256 = pm_shape_wgmma<128, 256, 4, 1>;
+using bf16_wgmma_long = pm_shape_wgmma<128, 192, 4, 1>;
 using tf32_large = pm_shape<float, true, 128, 128, 32, 3, 2, 4, 1>;
 using tf32_small = pm_shape<float, true, 64, 64, 16, 3, 2, 2, 3>;
 using fp32_large = pm_shape<float, false, 128, 128, 16, 3, 4, 2, 1>;
@@ -89,7 +90,9 @@ using fp32_small = pm_shape<float, false, 64, 64, 16, 3, 2, 2, 2>;
 // Rows per group and widths from which the large shapes pay: a tile that is three quarters full.
 constexpr int64_t LARGE_ROWS = 96, LARGE_WIDTH = 96;
 
-constexpr int64_t CHUNK_ROWS = 512; // chunk_rows() has the reason
+// Of the matrices' gradients (chunk_rows): what a part costs, 8 bytes a number at 4e12 a second, in
+// rows of a product at 600e12 a second; and a chunk is no shorter than that.
+constexpr int64_t PART_ROWS = 600, CHUNK_ROWS = 512;
 
 // Tiles over a length.
 int tiles(int64_t length, int tile) { return (int)((length + tile - 1) / tile); }
@@ -130,24 +133,28 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     const float *const tile =
         pm_product<S, false, false, HALVES == 2>(pm_shared, product, p.rows, units);
 
-    const int width = width_of(l, p.group);
-    const float *const bias = l.up_bias ? l.up_bias + HALVES * l.foff[p.group] + unit0 : nullptr;
+    // A thread has the same columns of every row it has, RUNS apart.
+    constexpr int RUNS = S::THREADS / CHUNKS;
+    static_assert(S::THREADS % CHUNKS == 0, "whole rows");
+    const int width = width_of(l, p.group), chunk = threadIdx.x % CHUNKS, unit = chunk * 8;
+    const int left = units - unit;
+    if (left <= 0)
+        return;
+    float bias[HALVES][8] = {};
+    if (l.up_bias)
+#pragma unroll
+        for (int half = 0; half < HALVES; half++)
+            pm_read8(l.up_bias + HALVES * l.foff[p.group] + half * width + unit0 + unit, left,
+                     bias[half]);
     T *const pre0 = rows_of(pre, l, p), *const h0 = rows_of(h, l, p);
-    for (int i = threadIdx.x; i < p.rows * CHUNKS; i += S::THREADS) {
-        const int row = i / CHUNKS, unit = i % CHUNKS * 8, left = units - unit;
-        if (left <= 0)
-            continue;
+    for (int row = threadIdx.x / CHUNKS; row < p.rows; row += RUNS) {
         float v[HALVES][8];
 #pragma unroll
         for (int half = 0; half < HALVES; half++) {
-            pm_tile_read(tile + row * S::TILE_LD + half * UNITS + unit, i, v[half]);
-            if (bias) {
-                float b[8];
-                pm_read8(bias + half * width + unit, left, b);
+            pm_tile_read(tile + row * S::TILE_LD + half * UNITS + unit, chunk, v[half]);
 #pragma unroll
-                for (int e = 0; e < 8; e++)
-                    v[half][e] += b[e];
-            }
+            for (int e = 0; e < 8; e++)
+                v[half][e] += bias[half][e];
             if (pre0)
                 pm_write8(pre0 + row * ld_of(pre, p) + half * width + unit0 + unit, left, v[half]);
         }
@@ -330,38 +337,59 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS)
     const int chunk = threadIdx.x % S::CHUNKS, run = threadIdx.x / S::CHUNKS, column = chunk * 8;
     const int left = columns - column;
     float sum[HALVES][8] = {};
-    for (int row = run; row < p.rows; row += RUNS) {
-        float product_of = 0;
-        if (left > 0) {
-            const float weight = p.shared ? 1.0f : l.row_weight[p.first + row];
-            float v[8], x[HALVES][8], h[8];
-            pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
+    // Rows are read AT_ONCE: what is stored may be where they lie, for all that the compiler knows,
+    // so it would wait for one before it reads the next.
+    constexpr int AT_ONCE = sizeof(T) == 2 ? 4 / HALVES : 1;
+    for (int row0 = run; row0 < p.rows; row0 += AT_ONCE * RUNS) {
+        pm_raw8<T> raw[AT_ONCE][HALVES];
+        float weights[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int row = row0 + i * RUNS;
+            if (row >= p.rows)
+                continue;
+            weights[i] = p.shared ? 1.0f : l.row_weight[p.first + row];
 #pragma unroll
             for (int half = 0; half < HALVES; half++)
                 pm_read8(pre0 + row * ld_of(pre, p) + half * width + column0 + column, left,
-                         x[half]);
+                         raw[i][half]);
+        }
 #pragma unroll
-            for (int e = 0; e < 8; e++) { // beyond the width v and x are 0, and so is all of this
-                float of_unit[HALVES], slope[HALVES];
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int row = row0 + i * RUNS;
+            if (row >= p.rows)
+                continue;
+            float product_of = 0;
+            if (left > 0) {
+                float v[8], x[HALVES][8], h[8];
+                pm_tile_read(tile + row * S::TILE_LD + column, chunk, v);
 #pragma unroll
                 for (int half = 0; half < HALVES; half++)
-                    of_unit[half] = x[half][e];
-                h[e] = activate_back<T>(of_unit, slope);
-                product_of = fmaf(v[e], h[e], product_of);
+                    pm_open8(raw[i][half], x[half]);
 #pragma unroll
-                for (int half = 0; half < HALVES; half++) {
-                    x[half][e] = v[e] * slope[half] * weight;
-                    sum[half][e] += x[half][e];
+                for (int e = 0; e < 8;
+                     e++) { // beyond the width v and x are 0, and so is all of this
+                    float of_unit[HALVES], slope[HALVES];
+#pragma unroll
+                    for (int half = 0; half < HALVES; half++)
+                        of_unit[half] = x[half][e];
+                    h[e] = activate_back<T>(of_unit, slope);
+                    product_of = fmaf(v[e], h[e], product_of);
+#pragma unroll
+                    for (int half = 0; half < HALVES; half++) {
+                        x[half][e] = v[e] * slope[half] * weights[i];
+                        sum[half][e] += x[half][e];
+                    }
+                    h[e] *= weights[i];
                 }
-                h[e] *= weight;
-            }
-            T *const to = dpre0 + row * ld_of(dpre, p) + column0 + column;
+                T *const to = dpre0 + row * ld_of(dpre, p) + column0 + column;
 #pragma unroll
-            for (int half = 0; half < HALVES; half++)
-                pm_write8(to + half * (ld_of(dpre, p) / 2), left, x[half]);
-            pm_write8(wh0 + row * ld_of(wh, p) + column0 + column, left, h);
+                for (int half = 0; half < HALVES; half++)
+                    pm_write8(to + half * (ld_of(dpre, p) / 2), left, x[half]);
+                pm_write8(wh0 + row * ld_of(wh, p) + column0 + column, left, h);
+            }
+            dot[row * S::CHUNKS + chunk] = product_of;
         }
-        dot[row * S::CHUNKS + chunk] = product_of;
     }
     __syncthreads();
     if (!p.shared)
@@ -416,6 +444,7 @@ __global__ void __launch_bounds__(32 * DY_WARPS, 4)
         float sum[8] = {}, bias[8] = {};
         if (l.down_bias)
             pm_read8(l.down_bias + p.group * l.D + column0 + lane * 8, left, bias);
+#pragma unroll 4
         for (int row = warp; row < p.rows; row += DY_WARPS) {
             const int64_t line = lines.index ? lines.index[row] : row;
             const float weight = p.shared ? 1.0f : l.row_weight[p.first + row];
@@ -687,18 +716,29 @@ template <class S, class L = S> struct path {
                pm_room(parts_count(l), sizeof(float));
     }
 
-    // Rows of a chunk of the matrices' gradients. A group may have few tiles (12 in S), and the
-    // shared group has many rows: they are split until there are about two blocks for each SM, but
-    // not below CHUNK_ROWS, where a part that is written and read (196 KB) is half of what the
-    // product reads (327 KB). Where that would be less than 3 chunks for 2 groups they stay whole,
-    // as in XL.
+    // Rows of a chunk of the matrices' gradients. The shared group has as many rows as the others
+    // together, and a layer without routing one group of few tiles (36 in S): the last blocks would
+    // be alone for long. So rows are split, into up to 16 chunks, where all should end earlier: after
+    // an even share of all rows for each of the blocks that run at a time, and one chunk. A part that
+    // is written and read counts as PART_ROWS.
     static int chunk_rows(const layer<T> &l)
     {
         const int64_t blocks = (int64_t)tiles(l.D, L::BM) * tiles(widest(l), L::BN),
-                      rows = l.R + l.S * l.N, most = l.R > l.N ? l.R : l.N;
-        int64_t chunk = rows * blocks / (2 * pm_device().processors);
-        chunk = chunk < CHUNK_ROWS ? CHUNK_ROWS : tiles(chunk, L::BK) * L::BK;
-        return (int)(3 * chunk >= 2 * most ? (most > 0 ? most : 1) : chunk);
+                      at_once = (int64_t)pm_device().processors * L::BLOCKS,
+                      most = l.R > l.N ? l.R : l.N, in_group = l.G ? l.R / l.G : 0;
+        int64_t best = most > 0 ? most : 1, least = INT64_MAX;
+        for (int pieces = 1; pieces <= 16; pieces++) {
+            const int64_t rows = tiles(most, pieces * L::BK) * L::BK;
+            if (pieces > 1 && rows < CHUNK_ROWS)
+                break;
+            const int64_t parts = (l.N > rows ? l.S * ((l.N + rows - 1) / rows) : 0) +
+                                  (in_group > rows ? l.G * ((in_group + rows - 1) / rows) : 0);
+            const int64_t end = (l.R + l.S * l.N + parts * PART_ROWS) * blocks / at_once +
+                                (rows < most ? rows + PART_ROWS : most);
+            if (end < least)
+                least = end, best = rows < most ? rows : best;
+        }
+        return (int)best;
     }
     static bool is_split(const layer<T> &l)
     {
@@ -778,10 +818,11 @@ template <class T, class What>
 auto with_shape(const pm_ctx *ctx, const pm_experts_args *g, What what)
 {
     if constexpr (std::is_same<T, bf16>::value)
-        return !is_large(g)         ? what(path<bf16_small>())
-               : pm_device().hopper ? what(path<bf16_wgmma>())
-               : fits_192(g->D)     ? what(path<bf16_short, bf16_long>())
-                                    : what(path<bf16_short, bf16_long_128>());
+        return !is_large(g)                           ? what(path<bf16_small>())
+               : pm_device().hopper && fits_192(g->D) ? what(path<bf16_wgmma, bf16_wgmma_long>())
+               : pm_device().hopper                   ? what(path<bf16_wgmma>())
+               : fits_192(g->D)                       ? what(path<bf16_short, bf16_long>())
+                                                      : what(path<bf16_short, bf16_long_128>());
     else if (ctx->backend->compute == PM_TF32)
         return is_large(g) ? what(path<tf32_large>()) : what(path<tf32_small>());
     else

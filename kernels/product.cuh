@@ -91,6 +91,14 @@ template <class S, int EXTENT, bool MINOR> struct pm_stage {
             return (column / 64 * LINES + line) * 64 + ((column / 8 ^ line) & 7) * 8 + column % 8;
         return line * LD + column;
     }
+    // From the place of a thread's first copy to that of its (i, j)th, the same for every thread.
+    static constexpr __device__ int step(int i, int j)
+    {
+        return S::WGMMA ? i * APART * 64 + j * (ACROSS * S::VECTOR / 64) * LINES * 64
+                        : i * APART * LD + j * ACROSS * S::VECTOR;
+    }
+    static_assert(!S::WGMMA || (APART % 8 == 0 && ACROSS * S::VECTOR % 64 == 0),
+                  "the swizzle of a thread's copies is the same");
     // Where number (i of the extent, k) is.
     static __device__ __forceinline__ int at(int i, int k)
     {
@@ -130,6 +138,11 @@ template <class T> PM_DEVICE bool pm_aligned(const T *p, int64_t ld)
 // What a thread copies of an operand. extent: rows of a, or columns of b, that are there. PAIRED:
 // lines of two matrices side by side, the first half of EXTENT lines 0, 1, .. and the second half
 // their partners; extent counts pairs.
+//
+// Copies compete with the products for the issue of instructions: at 225 of them a warp and step the
+// tensor cores of an H200 were busy 37 % of the time. So where a step is whole (all but the last
+// one, or the tiles at the edge) a copy is three: an address by one multiply-add of 32 x 32 bits,
+// whether its line is there, and the copy, to a place that is a constant beyond the first one.
 template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader {
     using T = typename S::T;
     using stage = pm_stage<S, EXTENT, MINOR>;
@@ -138,10 +151,12 @@ template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader
                   "which half a copy is of does not depend on the thread");
     pm_lines<T> lines;
     bool aligned;
-    int extent, depth;
-    // What lines the thread has: of all steps, or (MINOR) of the next one, read a step early
-    // because the copy needs it at once. -1: none.
+    int extent, depth, stride; // stride: bytes from a line to the next
+    // What lines the thread has, and (bits) whether they are there: of all steps, or (MINOR) of the
+    // next one, read a step early because the copy needs it at once.
     int32_t row[stage::ROWS];
+    uint32_t there;
+    int origin; // where the first copy goes in a stage
 
     static __device__ __forceinline__ int line_of(int i)
     {
@@ -157,46 +172,87 @@ template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader
     }
     __device__ __forceinline__ void look(int first, int end)
     {
+        const int line = first + line_of(0);
+        if (!PAIRED && first + stage::LINES <= end) {
+            there = ~0u;
+#pragma unroll
+            for (int i = 0; i < stage::ROWS; i++)
+                row[i] = line + i * stage::APART;
+            if (lines.index)
+#pragma unroll
+                for (int i = 0; i < stage::ROWS; i++)
+                    row[i] = lines.index[line + i * stage::APART];
+            return;
+        }
+        there = 0;
 #pragma unroll
         for (int i = 0; i < stage::ROWS; i++) {
-            const int line = first + line_of(i) - (is_partner(i) ? PAIRS : 0);
-            row[i] = -1;
-            if (line < end)
-                row[i] = lines.index ? lines.index[line] : line;
+            const int at = line + i * stage::APART - (is_partner(i) ? PAIRS : 0);
+            row[i] = 0;
+            if (at < end) {
+                row[i] = lines.index ? lines.index[at] : at;
+                there |= 1u << i;
+            }
         }
     }
     __device__ __forceinline__ void begin(const pm_lines<T> &of, int extent_, int depth_)
     {
         lines = of;
         extent = extent_, depth = depth_;
+        stride = (int)(of.ld * (int64_t)sizeof(T));
         aligned = pm_aligned(of.at, of.ld) && pm_aligned(of.at, of.partner);
         look(0, MINOR ? depth : extent);
+        origin = stage::place(line_of(0), column_of(0));
+        if (S::WGMMA)
+            pm_keep(origin);
+    }
+    __device__ __forceinline__ const T *source(int i, const T *first) const
+    {
+        return reinterpret_cast<const T *>(
+            reinterpret_cast<const char *>(first + (is_partner(i) ? lines.partner : 0)) +
+            (int64_t)row[i] * stride);
     }
     // Step k0 .. k0 + BK - 1 of the depth.
     __device__ __forceinline__ void fetch(T *to, int k0)
     {
+        const int left = MINOR ? extent : depth - k0; // of a line
+        const T *const first = lines.at + (MINOR ? 0 : k0) + column_of(0);
+        if (aligned && left >= stage::LENGTH)
+            fetch_whole(to + origin, first);
+        else
+            fetch_part(to + origin, first, left);
+        if (MINOR)
+            look(k0 + S::BK, depth);
+    }
+    __device__ __forceinline__ void fetch_whole(T *to, const T *first)
+    {
+#pragma unroll
+        for (int j = 0; j < stage::ROUNDS; j++)
+#pragma unroll
+            for (int i = 0; i < stage::ROWS; i++)
+                cp_async_zfill<16>(to + stage::step(i, j),
+                                   source(i, first) + j * stage::ACROSS * S::VECTOR,
+                                   there >> i & 1 ? 16 : 0);
+    }
+    __device__ __forceinline__ void fetch_part(T *to, const T *first, int left)
+    {
 #pragma unroll
         for (int j = 0; j < stage::ROUNDS; j++) {
-            const int column = column_of(j);
-            const int there = (MINOR ? extent : depth - k0) - column;
-            const int least = there < 0 ? 0 : there > S::VECTOR ? S::VECTOR : there;
+            const int most = min(max(left - column_of(j), 0), S::VECTOR);
 #pragma unroll
             for (int i = 0; i < stage::ROWS; i++) {
-                const int left = row[i] < 0 ? 0 : least;
-                const T *const from = lines.at + (is_partner(i) ? lines.partner : 0) +
-                                      row[i] * lines.ld + (MINOR ? 0 : k0) + column;
-                T *const place = to + stage::place(line_of(i), column);
+                const int count = there >> i & 1 ? most : 0;
+                const T *const from = source(i, first) + j * stage::ACROSS * S::VECTOR;
+                T *const place = to + stage::step(i, j);
                 if (aligned) {
-                    cp_async_zfill<16>(place, left ? from : lines.at, left * (int)sizeof(T));
+                    cp_async_zfill<16>(place, count ? from : lines.at, count * (int)sizeof(T));
                 } else {
 #pragma unroll 1 // one at a time: registers are for the other way
                     for (int e = 0; e < S::VECTOR; e++)
-                        place[e] = e < left ? from[e] : pm_to<T>(0.0f);
+                        place[e] = e < count ? from[e] : pm_to<T>(0.0f);
                 }
             }
         }
-        if (MINOR)
-            look(k0 + S::BK, depth);
     }
 };
 
@@ -391,7 +447,7 @@ template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED, class Segments> st
     using sb = pm_stage<S, S::BN, B_MINOR>;
     const Segments &segments;
     int rows, columns;
-    T *const stages;
+    T *stages;
     pm_loader<S, S::BM, A_MINOR> from_a;
     pm_loader<S, S::BN, B_MINOR, B_PAIRED> from_b;
     int segment = -1, k0 = 0, depth = 0, fill = 0; // what is fetched next, and into which stage
@@ -400,6 +456,8 @@ template <class S, bool A_MINOR, bool B_MINOR, bool B_PAIRED, class Segments> st
                                        void *shared)
         : segments(segments_), rows(rows_), columns(columns_), stages(static_cast<T *>(shared))
     {
+        if (S::WGMMA)
+            pm_keep(stages);
     }
     __device__ __forceinline__ T *a(int stage) const { return stages + stage * sa::NUMBERS; }
     __device__ __forceinline__ T *b(int stage) const
@@ -546,23 +604,37 @@ PM_DEVICE void pm_tile_read(const float *from, int i, float (&v)[8])
     }
 }
 
-// The first `left` of 8 numbers, zeros behind.
-template <class T> PM_DEVICE void pm_read8(const T *from, int64_t left, float (&v)[8])
+// The first `left` of 8 numbers, zeros behind; as they are in memory, when what is loaded is used
+// much later.
+template <class T> struct pm_raw8 {
+    pm_pack<T> pack[8 / pm_pack<T>::SIZE];
+};
+template <class T> PM_DEVICE void pm_read8(const T *from, int64_t left, pm_raw8<T> &raw)
 {
     constexpr int SIZE = pm_pack<T>::SIZE;
     if (left >= 8 && pm_aligned(from, 0)) {
 #pragma unroll
-        for (int i = 0; i < 8; i += SIZE) {
-            const pm_pack<T> pack = *reinterpret_cast<const pm_pack<T> *>(from + i);
-#pragma unroll
-            for (int e = 0; e < SIZE; e++)
-                v[i + e] = pm_float(pack.v[e]);
-        }
+        for (int i = 0; i < 8 / SIZE; i++)
+            raw.pack[i] = reinterpret_cast<const pm_pack<T> *>(from)[i];
         return;
     }
 #pragma unroll
     for (int e = 0; e < 8; e++)
-        v[e] = e < left ? pm_float(from[e]) : 0.0f;
+        raw.pack[e / SIZE].v[e % SIZE] = e < left ? from[e] : pm_to<T>(0.0f);
+}
+template <class T> PM_DEVICE void pm_open8(const pm_raw8<T> &raw, float (&v)[8])
+{
+    constexpr int SIZE = pm_pack<T>::SIZE;
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        v[e] = pm_float(raw.pack[e / SIZE].v[e % SIZE]);
+}
+
+template <class T> PM_DEVICE void pm_read8(const T *from, int64_t left, float (&v)[8])
+{
+    pm_raw8<T> raw;
+    pm_read8(from, left, raw);
+    pm_open8(raw, v);
 }
 
 template <class T> PM_DEVICE void pm_write8(T *to, int64_t left, const float (&v)[8])

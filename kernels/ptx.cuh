@@ -29,6 +29,10 @@ PM_PTX uint32_t pm_shared_address(const void *shared)
     return (uint32_t)__cvta_generic_to_shared(shared);
 }
 
+// Keeps a number in a register: the compiler no longer knows how to compute it once more.
+PM_PTX void pm_keep(int &x) { asm volatile("" : "+r"(x)); }
+template <class T> PM_PTX void pm_keep(T *&p) { asm volatile("" : "+l"(p)); }
+
 // d += a b, one 16 x 8 tile over k = 16, bf16 in, f32 out.
 PM_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 {

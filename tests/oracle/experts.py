@@ -199,7 +199,7 @@ CASES = {
     "room_for_one_row_each": case(40, 16, (16,) * 3, (20,), choose=some_without, R=40),
     "full_tiles": case(800, 136, (128, 120), (112,)),
     "full_tiles_top2": case(200, 101, (150, 97, 33), (97, 130), A=2),
-    "many_blocks": case(900, 5, (6, 7), (8,), choose=skewed),
+    "many_blocks": case(2600, 5, (6, 7), (8,), choose=skewed),
 }
 CASES |= {f"D{D}": case(13, D, (2 * D, D + 3), (D,), A=1 + D % 2) for D in range(1, 34)}
 # With a gate: bias-free, as DiT-MoE and Nucleus have it, and with biases.

@@ -95,6 +95,9 @@ PM_MMA(mma_m16n8k16, MMA_BF16)
 PM_MMA(mma_m16n8k8_tf32, MMA_TF32)
 #undef PM_MMA
 
+inline void pm_keep(int &) {}
+template <class T> void pm_keep(T *&) {}
+
 inline uint32_t pm_tf32(float x)
 {
     uint32_t u = __float_as_uint(x);
