@@ -4,7 +4,7 @@
 // A lane has four numbers of a row side by side, so a warp has 128: every width of the published models
 // is a multiple, and no lane idles (packs of 16 bytes of bf16 would make it 256, and 1152 is none).
 #pragma once
-#include "common.cuh"
+#include "quads.cuh"
 
 constexpr float COSINE_EPS = 1e-12f; // as in PyTorch's normalize
 constexpr int COLUMNS = 128;         // of a warp, at a time
@@ -19,44 +19,39 @@ PM_DEVICE float cosine_inverse(float norm)
 struct four {
     float v[4];
 };
-template <class T> struct alignas(4 * sizeof(T)) four_in_memory {
-    T v[4];
-};
-
 // Whether rows of `width` numbers may be read by fours. The arrays are aligned as an allocation is, or not.
 static inline bool fours(int64_t width, const void *a, const void *b, const void *c)
 {
     return width % 4 == 0 && pm_aligned(a) && pm_aligned(b) && pm_aligned(c);
 }
 
-// Numbers d .. d+3 of a row of D; 0 beyond it. WIDE: fours() says yes.
-template <bool WIDE, class T> PM_DEVICE four load_four(const T *row, int64_t d, int64_t D)
+// Numbers d .. d+3 of a row of D, as they lie in memory; 0 beyond it, and of a row that is not `there`.
+// WIDE: fours() says yes.
+template <bool WIDE, class T>
+PM_DEVICE pm_quad<T> load_quad(const T *row, int64_t d, int64_t D, bool there = true)
 {
-    four x = {};
+    pm_quad<T> q = {};
     if constexpr (WIDE) {
-        if (d < D) {
-            const four_in_memory<T> all = *reinterpret_cast<const four_in_memory<T> *>(row + d);
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                x.v[k] = pm_float(all.v[k]);
-        }
+        if (there && d < D)
+            q = pm_load_quad(row + d);
     } else {
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            if (d + k < D)
-                x.v[k] = pm_float(row[d + k]);
+            if (there && d + k < D)
+                q.set(k, row[d + k]);
     }
-    return x;
+    return q;
+}
+template <bool WIDE, class T> PM_DEVICE four load_four(const T *row, int64_t d, int64_t D)
+{
+    const pm_quad<T> q = load_quad<WIDE>(row, d, D);
+    return {{q[0], q[1], q[2], q[3]}};
 }
 template <bool WIDE, class T> PM_DEVICE void store_four(T *row, int64_t d, int64_t D, const four &x)
 {
     if constexpr (WIDE) {
-        four_in_memory<T> all;
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            all.v[k] = pm_to<T>(x.v[k]);
         if (d < D)
-            *reinterpret_cast<four_in_memory<T> *>(row + d) = all;
+            pm_store_quad(row + d, x.v);
     } else {
 #pragma unroll
         for (int k = 0; k < 4; k++)

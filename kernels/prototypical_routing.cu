@@ -87,11 +87,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         float dot[TOKENS * PROTOS] = {}, square[TOKENS] = {};
         for (int64_t d0 = 0; d0 < columns; d0 += COLUMNS) {
             const int64_t d = d0 + 4 * lane;
-            const T *token = x + n0 * D;
-            four u[TOKENS];
+            pm_quad<T> u[TOKENS];
 #pragma unroll
-            for (int r = 0; r < TOKENS; r++, token += D)
-                u[r] = routable >> r & 1 ? load_four<WIDE>(token, d, D) : four{};
+            for (int r = 0; r < TOKENS; r++)
+                u[r] = load_quad<WIDE>(x + (n0 + r) * D, d, D, routable >> r & 1);
             const float *row = proto + i0 * D;
 #pragma unroll
             for (int i = 0; i < PROTOS; i++, row += D) {
@@ -100,13 +99,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                 for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                     for (int k = 0; k < 4; k++)
-                        dot[r * PROTOS + i] = fmaf(u[r].v[k], p.v[k], dot[r * PROTOS + i]);
+                        dot[r * PROTOS + i] = fmaf(u[r][k], p.v[k], dot[r * PROTOS + i]);
             }
 #pragma unroll
             for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    square[r] = fmaf(u[r].v[k], u[r].v[k], square[r]);
+                    square[r] = fmaf(u[r][k], u[r][k], square[r]);
         }
         if (i0 == 0)
 #pragma unroll
@@ -203,12 +202,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         back[r] = n0 + r < N ? -along[n0 + r] : 0.0f;
     }
     for (int64_t d = 4 * lane; routable && d < D; d += COLUMNS) {
-        four u[TOKENS], du[TOKENS], q[TOKENS] = {};
+        pm_quad<T> u[TOKENS], old[TOKENS];
+        four q[TOKENS] = {};
 #pragma unroll
         for (int r = 0; r < TOKENS; r++) {
             const bool there = routable >> r & 1;
-            u[r] = there ? load_four<WIDE>(x + (n0 + r) * D, d, D) : four{};
-            du[r] = there ? load_four<WIDE>(dx + (n0 + r) * D, d, D) : four{};
+            u[r] = load_quad<WIDE>(x + (n0 + r) * D, d, D, there);
+            old[r] = load_quad<WIDE>(dx + (n0 + r) * D, d, D, there);
         }
 #pragma unroll 4
         for (int64_t i = 0; i < E; i++) {
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                 continue;
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                du[r].v[k] += fmaf(back[r], u[r].v[k], q[r].v[k]);
-            store_four<WIDE>(dx + (n0 + r) * D, d, D, du[r]);
+                q[r].v[k] = old[r][k] + fmaf(back[r], u[r][k], q[r].v[k]);
+            store_four<WIDE>(dx + (n0 + r) * D, d, D, q[r]);
         }
     }
 }
@@ -257,19 +257,22 @@ __global__ void __launch_bounds__(32 * SHARES, 2)
             factors[share][k / PROTOS][k % PROTOS] = n < end && i < E ? load_c(c, n, E, i) : four{};
         }
         __syncwarp();
-        four next[TOKENS];
+        pm_quad<T> next[TOKENS];
 #pragma unroll
         for (int r = 0; r < TOKENS; r++)
-            next[r] = routable >> r & 1 ? load_four<WIDE>(x + (first + r) * D, d, D) : four{};
+            next[r] = load_quad<WIDE>(x + (first + r) * D, d, D, routable >> r & 1);
         for (int n = 0; n < RUN; n += TOKENS) {
             four u[TOKENS];
 #pragma unroll
+            for (int r = 0; r < TOKENS; r++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    u[r].v[k] = next[r][k];
+#pragma unroll
             for (int r = 0; r < TOKENS; r++) {
                 const int ahead = n + TOKENS + r;
-                u[r] = next[r];
-                next[r] = ahead < RUN && routable >> ahead & 1
-                              ? load_four<WIDE>(x + (first + ahead) * D, d, D)
-                              : four{};
+                next[r] = load_quad<WIDE>(x + (first + ahead) * D, d, D,
+                                          ahead < RUN && routable >> ahead & 1);
             }
 #pragma unroll
             for (int i = 0; i < PROTOS; i++) {

@@ -24,7 +24,7 @@
 // reading it three times; backward one pass for the sums over a row, then a thread per channel.
 #include <initializer_list>
 
-#include "common.cuh"
+#include "quads.cuh"
 
 namespace {
 
@@ -59,42 +59,11 @@ PM_DEVICE int64_t condition(const arguments &g, int64_t b, unsigned long long *f
 
 // ---------------------------------------------------------------- four channels of a thread
 
-constexpr int V = 4;
-// bf16 in pairs, until they are used: apart they would have a register each.
-template <class T> struct quad;
-template <> struct alignas(16) quad<float> {
-    float v[V];
-    __device__ float operator[](int j) const { return v[j]; }
-};
-template <> struct alignas(8) quad<bf16> {
-    uint32_t pair[V / 2];
-    __device__ float operator[](int j) const
-    {
-        return __uint_as_float(j % 2 ? pair[j / 2] & 0xffff0000u : pair[j / 2] << 16);
-    }
-};
-template <class T> PM_DEVICE quad<T> load(const T *from)
-{
-    return *reinterpret_cast<const quad<T> *>(from);
-}
-// By the instruction: of a struct nvcc stores one number at a time where it fails to see that they are
-// neighbours, and four instructions of 4 bytes take four times as long to issue.
-PM_DEVICE void store(float *to, const float (&from)[V])
-{
-    __stwb(reinterpret_cast<float4 *>(to), make_float4(from[0], from[1], from[2], from[3]));
-}
-PM_DEVICE void store(bf16 *to, const float (&from)[V])
-{
-    const __nv_bfloat162 pairs[V / 2] = {__floats2bfloat162_rn(from[0], from[1]),
-                                         __floats2bfloat162_rn(from[2], from[3])};
-    uint2 bits;
-    memcpy(&bits, pairs, sizeof bits);
-    __stwb(reinterpret_cast<uint2 *>(to), bits);
-}
+constexpr int V = PM_QUAD;
 // Of a row that all tokens of an image share; 0 where there is none.
-template <class T> PM_DEVICE quad<T> load_shared(const void *rows, int64_t at, bool here)
+template <class T> PM_DEVICE pm_quad<T> load_shared(const void *rows, int64_t at, bool here)
 {
-    return rows && here ? load(act<T>(rows, at)) : quad<T>{};
+    return rows && here ? pm_load_quad(act<T>(rows, at)) : pm_quad<T>{};
 }
 
 // Rows at a time, and the warps of an SM that the registers are for: 64 of a thread, and 96. With both
@@ -174,23 +143,24 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, th
     // Everything of the block lies at 32-bit distances from its first row.
     const int64_t begin = b * g.T + blockIdx.x % chunks * FORWARD_CHUNK, base = begin * D;
     const int count = (int)min(FORWARD_CHUNK, (b + 1) * g.T - begin); // rows
-    const quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
-    const quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
-    const quad<T> shift = load_shared<T>(g.shift, c * g.mod_ld + at, here);
+    const pm_quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
+    const pm_quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
+    const pm_quad<T> shift = load_shared<T>(g.shift, c * g.mod_ld + at, here);
     const float channels = (float)min(32 * V, D - 32 * V * warp); // of the warp
 
     for (int t = 0; t < count; t += R) {
         const int set = t / R % 2; // of the partial sums
         const int first = t * D + at, rows = here ? min(R, count - t) : 0;
-        quad<float> x[R];
-        quad<T> branch[R];
+        pm_quad<float> x[R];
+        pm_quad<T> branch[R];
 #pragma unroll
         for (int r = 0; r < R; r++)
-            x[r] = r < rows ? load(g.x + base + (first + r * D)) : quad<float>{};
+            x[r] = r < rows ? pm_load_quad(g.x + base + (first + r * D)) : pm_quad<float>{};
 #pragma unroll
         for (int r = 0; r < R; r++)
-            branch[r] = g.branch && r < rows ? load(act<T>(g.branch, base) + (first + r * D))
-                                             : quad<T>{};
+            branch[r] = g.branch && r < rows
+                            ? pm_load_quad(act<T>(g.branch, base) + (first + r * D))
+                            : pm_quad<T>{};
 
         // xo = x + gate * branch
         float sums[R];
@@ -202,7 +172,7 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, th
                 for (int j = 0; j < V; j++)
                     v[j] = g.gate ? fmaf(gate[j], branch[r][j], v[j]) : v[j] + branch[r][j];
             if (g.xo && r < rows)
-                store(g.xo + base + (first + r * D), v);
+                pm_store_quad(g.xo + base + (first + r * D), v);
             sums[r] = (v[0] + v[1]) + (v[2] + v[3]);
         }
 
@@ -262,7 +232,7 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, th
                 const float xhat = (x[r].v[j] - means[r]) * rstds[r];
                 y[j] = fmaf(xhat, scale[j], xhat) + shift[j];
             }
-            store(act<T>(g.y, base) + (first + r * D), y);
+            pm_store_quad(act<T>(g.y, base) + (first + r * D), y);
         }
     }
 }
@@ -283,8 +253,8 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, t
     // Everything of the block lies at 32-bit distances from its first row.
     const int64_t begin = b * g.T + blockIdx.x % chunks * CHUNK, base = begin * D;
     const int count = (int)min(CHUNK, (b + 1) * g.T - begin); // rows
-    const quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
-    const quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
+    const pm_quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
+    const pm_quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
     const bool further = d.dx || d.dbranch || d.dgate;
     float dgate[V] = {}, dshift[V] = {}, dscale[V] = {};
 
@@ -292,24 +262,26 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, t
         const int set = t / R % 2; // of the partial sums
         const int first = t * D + at, rows = here ? min(R, count - t) : 0;
         const bool add = !g.xo && g.branch; // xo was not kept
-        quad<float> x[R], dxo[R];
-        quad<T> dy[R], branch[R];
+        pm_quad<float> x[R], dxo[R];
+        pm_quad<T> dy[R], branch[R];
         float mean[R], rstd[R];
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const bool there = r < rows;
-            x[r] = there ? load((g.xo ? g.xo : g.x) + base + (first + r * D)) : quad<float>{};
-            dy[r] = there ? load(act<T>(d.dy, base) + (first + r * D)) : quad<T>{};
+            x[r] = there ? pm_load_quad((g.xo ? g.xo : g.x) + base + (first + r * D))
+                         : pm_quad<float>{};
+            dy[r] = there ? pm_load_quad(act<T>(d.dy, base) + (first + r * D)) : pm_quad<T>{};
             mean[r] = there ? g.mean[begin + (t + r)] : 0;
             rstd[r] = there ? g.rstd[begin + (t + r)] : 0;
         }
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const bool there = r < rows;
-            dxo[r] = d.dxo && there ? load(d.dxo + base + (first + r * D)) : quad<float>{};
+            dxo[r] = d.dxo && there ? pm_load_quad(d.dxo + base + (first + r * D))
+                                    : pm_quad<float>{};
             branch[r] = (add || d.dgate) && g.branch && there
-                            ? load(act<T>(g.branch, base) + (first + r * D))
-                            : quad<T>{};
+                            ? pm_load_quad(act<T>(g.branch, base) + (first + r * D))
+                            : pm_quad<T>{};
         }
 
         // y = xhat * (1 + scale) + shift; dxhat = dy * (1 + scale)
@@ -360,13 +332,13 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, t
                 dgate[j] = fmaf(branch[r][j], v[j], dgate[j]);
             }
             if (d.dx)
-                store(d.dx + base + (first + r * D), v);
+                pm_store_quad(d.dx + base + (first + r * D), v);
             if (d.dbranch) {
                 if (g.gate)
 #pragma unroll
                     for (int j = 0; j < V; j++)
                         v[j] *= gate[j];
-                store(act<T>(d.dbranch, base) + (first + r * D), v);
+                pm_store_quad(act<T>(d.dbranch, base) + (first + r * D), v);
             }
         }
     }
@@ -375,11 +347,11 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, t
         return;
     const int64_t slot = (int64_t)blockIdx.x * D + at, all = (int64_t)gridDim.x * D;
     if (d.dgate)
-        store(slots + slot, dgate);
+        pm_store_quad(slots + slot, dgate);
     if (d.dshift)
-        store(slots + all + slot, dshift);
+        pm_store_quad(slots + all + slot, dshift);
     if (d.dscale)
-        store(slots + 2 * all + slot, dscale);
+        pm_store_quad(slots + 2 * all + slot, dscale);
 }
 
 // ---------------------------------------------------------------- any width, any alignment

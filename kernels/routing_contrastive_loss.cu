@@ -23,7 +23,7 @@ namespace {
 
 constexpr int WARPS = 4;     // of a block that sums rows of x
 constexpr int CLUSTERS = 16; // whose sums a warp has: 8 KB of shared memory, 32 KB a block
-constexpr int BATCH = 16;    // tokens whose rows are under way at once: 64 registers, 4 KB of bf16
+constexpr int BATCH = 16; // tokens whose rows are under way at once: 4 KB of bf16, in 32 registers
 
 // The choices of tokens. A: the slots that count; stride: all of them.
 struct members {
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(32 * WARPS)
     const int64_t i0 = blockIdx.x / tiles % passes * CLUSTERS;
     const int64_t begin = slot * tokens + warp * (tokens / WARPS);
     const int64_t end = min(begin + tokens / WARPS, N);
-    int32_t count = 0;                                 // of cluster i0 + lane
-    const auto add = [&](int64_t i, const four &row) { // the same i in all lanes; any
+    int32_t count = 0;                                       // of cluster i0 + lane
+    const auto add = [&](int64_t i, const pm_quad<T> &row) { // the same i in all lanes; any
         if (i < 0 || i >= CLUSTERS)
             return;
         count += i == lane;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         four sum = *to;
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            sum.v[k] += row.v[k];
+            sum.v[k] += row[k];
         *to = sum;
     };
     for (int i = 0; i < CLUSTERS; i++)
@@ -92,11 +92,10 @@ __global__ void __launch_bounds__(32 * WARPS)
         }
         const unsigned rows = __ballot_sync(PM_ALL, wanted);
         for (int step = 0; step < 32; step += BATCH) {
-            four u[BATCH];
+            pm_quad<T> u[BATCH];
 #pragma unroll
             for (int r = 0; r < BATCH; r++)
-                u[r] = rows >> (step + r) & 1 ? load_four<WIDE>(x + (n0 + step + r) * D, d, D)
-                                              : four{};
+                u[r] = load_quad<WIDE>(x + (n0 + step + r) * D, d, D, rows >> (step + r) & 1);
 #pragma unroll
             for (int r = 0; r < BATCH; r++) {
                 if (!(rows >> (step + r) & 1))
