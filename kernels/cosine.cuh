@@ -4,7 +4,7 @@
 // A lane has four numbers of a row side by side, so a warp has 128: every width of the published models
 // is a multiple, and no lane idles (packs of 16 bytes of bf16 would make it 256, and 1152 is none).
 #pragma once
-#include "common.cuh"
+#include "quads.cuh"
 
 constexpr float COSINE_EPS = 1e-12f; // as in PyTorch's normalize
 constexpr int COLUMNS = 128;         // of a warp, at a time
@@ -19,44 +19,39 @@ PM_DEVICE float cosine_inverse(float norm)
 struct four {
     float v[4];
 };
-template <class T> struct alignas(4 * sizeof(T)) four_in_memory {
-    T v[4];
-};
-
 // Whether rows of `width` numbers may be read by fours. The arrays are aligned as an allocation is, or not.
 static inline bool fours(int64_t width, const void *a, const void *b, const void *c)
 {
     return width % 4 == 0 && pm_aligned(a) && pm_aligned(b) && pm_aligned(c);
 }
 
-// Numbers d .. d+3 of a row of D; 0 beyond it. WIDE: fours() says yes.
-template <bool WIDE, class T> PM_DEVICE four load_four(const T *row, int64_t d, int64_t D)
+// Numbers d .. d+3 of a row of D, as they lie in memory; 0 beyond it, and of a row that is not `there`.
+// WIDE: fours() says yes.
+template <bool WIDE, class T>
+PM_DEVICE pm_quad<T> load_quad(const T *row, int64_t d, int64_t D, bool there = true)
 {
-    four x = {};
+    pm_quad<T> q = {};
     if constexpr (WIDE) {
-        if (d < D) {
-            const four_in_memory<T> all = *reinterpret_cast<const four_in_memory<T> *>(row + d);
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                x.v[k] = pm_float(all.v[k]);
-        }
+        if (there && d < D)
+            q = pm_load_quad(row + d);
     } else {
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            if (d + k < D)
-                x.v[k] = pm_float(row[d + k]);
+            if (there && d + k < D)
+                q.set(k, row[d + k]);
     }
-    return x;
+    return q;
+}
+template <bool WIDE, class T> PM_DEVICE four load_four(const T *row, int64_t d, int64_t D)
+{
+    const pm_quad<T> q = load_quad<WIDE>(row, d, D);
+    return {{q[0], q[1], q[2], q[3]}};
 }
 template <bool WIDE, class T> PM_DEVICE void store_four(T *row, int64_t d, int64_t D, const four &x)
 {
     if constexpr (WIDE) {
-        four_in_memory<T> all;
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            all.v[k] = pm_to<T>(x.v[k]);
         if (d < D)
-            *reinterpret_cast<four_in_memory<T> *>(row + d) = all;
+            pm_store_quad(row + d, x.v);
     } else {
 #pragma unroll
         for (int k = 0; k < 4; k++)
@@ -73,6 +68,7 @@ namespace {
 PM_DEVICE float cosine_dot(int64_t D, const float *a, const float *b)
 {
     float sum = 0;
+#pragma unroll 8 // 8 loads of each row under way
     for (int64_t d = threadIdx.x % 32; d < D; d += 32)
         sum = fmaf(a[d], b[d], sum);
     return pm_warp_sum(sum);
@@ -101,15 +97,16 @@ PM_DEVICE float tangent_along(float norm, float dot)
 
 // ---------------------------------------------------------------- sums over tokens
 
-// A sum over tokens has a slot per so many tokens: (E, D) partial sums in float. At most 256 slots, so
-// that with the columns of a row there are some thousand warps; at least 256 tokens, and 4 E of them,
-// so that the slots take no more than a quarter of x as floats. A multiple of 4.
+// A sum over tokens has a slot per so many tokens: (E, D) partial sums in float. At most 256 slots, and at
+// least 256 tokens, and 4 E of them, so that the slots take no more than a quarter of x as floats. The
+// tokens of a slot are shared by the warps of a block (16384 tokens are 64 slots: one warp for each and 128
+// columns would be 1.5 to 4 per SM). A multiple of 32.
 int64_t slot_tokens(int64_t N, int64_t E)
 {
     int64_t tokens = (N + 255) / 256;
     tokens = tokens > 256 ? tokens : 256;
     tokens = tokens > 4 * E ? tokens : 4 * E;
-    return (tokens + 3) / 4 * 4;
+    return (tokens + 31) / 32 * 32;
 }
 int64_t slot_count(int64_t N, int64_t E)
 {
@@ -117,23 +114,39 @@ int64_t slot_count(int64_t N, int64_t E)
     return (N + tokens - 1) / tokens;
 }
 
-// out (E, D) = the sum of the slots, in order and in double; with counts (slots, E), divided by the sum
-// of those, which goes to `count`; 0 where that is 0. A thread per number.
-__global__ void __launch_bounds__(256)
+// out (E, D) = the sum of the slots, in double; with counts (slots, E), divided by the sum of those, which
+// goes to `count`; 0 where that is 0. A lane per number: 32 for a block, whose warps take the slots in
+// turn, each eighth one; then the warps' sums in order.
+constexpr int SLOT_WARPS = 8;
+
+__global__ void __launch_bounds__(32 * SLOT_WARPS)
     slot_sum_kernel(int64_t slots, int64_t E, int64_t D, const float *__restrict__ partial,
                     const int32_t *__restrict__ counts, float *__restrict__ out,
                     int32_t *__restrict__ count)
 {
-    const int64_t at = pm_thread(), i = at / (D > 0 ? D : 1);
-    if (at >= E * D)
-        return;
+    __shared__ double sums[SLOT_WARPS][32];
+    __shared__ int32_t parts[SLOT_WARPS][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t at = (int64_t)blockIdx.x * 32 + lane, i = at / (D > 0 ? D : 1);
     double sum = 0;
-    for (int64_t s = 0; s < slots; s++)
-        sum += partial[s * E * D + at];
-    if (counts) {
-        int32_t members = 0;
-        for (int64_t s = 0; s < slots; s++)
+    int32_t members = 0;
+    if (at < E * D) {
+#pragma unroll 8
+        for (int64_t s = warp; s < slots; s += SLOT_WARPS)
+            sum += partial[s * E * D + at];
+        for (int64_t s = warp; counts && s < slots; s += SLOT_WARPS)
             members += counts[s * E + i];
+    }
+    sums[warp][lane] = sum;
+    parts[warp][lane] = members;
+    __syncthreads();
+    if (warp != 0 || at >= E * D)
+        return;
+    for (int w = 1; w < SLOT_WARPS; w++) {
+        sum += sums[w][lane];
+        members += parts[w][lane];
+    }
+    if (counts) {
         if (at % D == 0)
             count[i] = members;
         sum = members ? sum * (1.0 / members) : 0;

@@ -15,8 +15,8 @@
 // and written; dproto: x read, the slots written and read. Tokens that are not routable are not read.
 //
 // Order of sums: over D, a lane adds its columns (four in a row of every 128), then a tree; so a
-// token's result does not depend on its place. Over experts, ascending. Over tokens, ascending in a
-// slot, then the slots (cosine.cuh).
+// token's result does not depend on its place. Over experts, ascending. Over tokens, ascending in an
+// eighth of a slot, then a tree over the eighths, then the slots (cosine.cuh).
 #include "cosine.cuh"
 
 namespace {
@@ -24,6 +24,7 @@ namespace {
 constexpr int TOKENS = 4;  // of a warp: 4 * 12 sums in registers, with 16 FMA per 16 bytes of L1
 constexpr int WARPS = 4;   // of a block
 constexpr int BLOCKS = 4;  // of an SM, at least: 128 registers
+constexpr int SHARES = 8;  // warps of a block that sums over tokens
 constexpr int PROTOS = 12; // of a pass: the experts of the published models; more take more passes
 
 PM_DEVICE bool is_routable(const int32_t *part, int64_t n, int64_t N)
@@ -86,11 +87,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         float dot[TOKENS * PROTOS] = {}, square[TOKENS] = {};
         for (int64_t d0 = 0; d0 < columns; d0 += COLUMNS) {
             const int64_t d = d0 + 4 * lane;
-            const T *token = x + n0 * D;
-            four u[TOKENS];
+            pm_quad<T> u[TOKENS];
 #pragma unroll
-            for (int r = 0; r < TOKENS; r++, token += D)
-                u[r] = routable >> r & 1 ? load_four<WIDE>(token, d, D) : four{};
+            for (int r = 0; r < TOKENS; r++)
+                u[r] = load_quad<WIDE>(x + (n0 + r) * D, d, D, routable >> r & 1);
             const float *row = proto + i0 * D;
 #pragma unroll
             for (int i = 0; i < PROTOS; i++, row += D) {
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                 for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                     for (int k = 0; k < 4; k++)
-                        dot[r * PROTOS + i] = fmaf(u[r].v[k], p.v[k], dot[r * PROTOS + i]);
+                        dot[r * PROTOS + i] = fmaf(u[r][k], p.v[k], dot[r * PROTOS + i]);
             }
 #pragma unroll
             for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    square[r] = fmaf(u[r].v[k], u[r].v[k], square[r]);
+                    square[r] = fmaf(u[r][k], u[r][k], square[r]);
         }
         if (i0 == 0)
 #pragma unroll
@@ -182,9 +182,10 @@ __global__ void __launch_bounds__(32 * WARPS)
         along[n] = norm < COSINE_EPS ? 0.0f : sum * a * a;
 }
 
-// dx_n += q_n - along_n x_n. A warp per four tokens.
+// dx_n += q_n - along_n x_n. A warp per four tokens. What is read of them is asked for before the prototypes
+// are multiplied: 2 KB of bf16 under way for a warp.
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     dx_kernel(int64_t N, int64_t D, int64_t E, const T *__restrict__ x,
               const float *__restrict__ proto, const int32_t *__restrict__ part,
               const float *__restrict__ c, const float *__restrict__ along, T *__restrict__ dx)
@@ -193,8 +194,22 @@ __global__ void __launch_bounds__(32 * WARPS)
     const int64_t n0 = pm_thread() / 32 * TOKENS;
     if (n0 >= N)
         return;
-    for (int64_t d = 4 * lane; d < D; d += COLUMNS) {
+    unsigned routable = 0; // a bit per token
+    float back[TOKENS];
+#pragma unroll
+    for (int r = 0; r < TOKENS; r++) {
+        routable |= (unsigned)is_routable(part, n0 + r, N) << r;
+        back[r] = n0 + r < N ? -along[n0 + r] : 0.0f;
+    }
+    for (int64_t d = 4 * lane; routable && d < D; d += COLUMNS) {
+        pm_quad<T> u[TOKENS], old[TOKENS];
         four q[TOKENS] = {};
+#pragma unroll
+        for (int r = 0; r < TOKENS; r++) {
+            const bool there = routable >> r & 1;
+            u[r] = load_quad<WIDE>(x + (n0 + r) * D, d, D, there);
+            old[r] = load_quad<WIDE>(dx + (n0 + r) * D, d, D, there);
+        }
 #pragma unroll 4
         for (int64_t i = 0; i < E; i++) {
             const four p = load_four<WIDE>(proto + i * D, d, D), own = load_c(c, n0, E, i);
@@ -206,50 +221,90 @@ __global__ void __launch_bounds__(32 * WARPS)
         }
 #pragma unroll
         for (int r = 0; r < TOKENS; r++) {
-            const int64_t n = n0 + r;
-            if (!is_routable(part, n, N))
+            if (!(routable >> r & 1))
                 continue;
-            const four u = load_four<WIDE>(x + n * D, d, D);
-            four du = load_four<WIDE>(dx + n * D, d, D);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                du.v[k] += fmaf(-along[n], u.v[k], q[r].v[k]);
-            store_four<WIDE>(dx + n * D, d, D, du);
+                q[r].v[k] = old[r][k] + fmaf(back[r], u[r][k], q[r].v[k]);
+            store_four<WIDE>(dx + (n0 + r) * D, d, D, q[r]);
         }
     }
 }
 
-// partial[slot, i, :] = sum of c_ni x_n over the tokens of the slot. A warp has PROTOS prototypes and 128
-// columns of one slot, all in registers.
+// partial[slot, i, :] = sum of c_ni x_n over the tokens of the slot. A block has PROTOS prototypes and 128
+// columns of one slot, each of its warps every eighth run of 32 tokens; the sums are in registers, and at
+// last in shared memory, where the upper half of the warps hands its sums to the lower one, and so on.
+// c of 32 tokens lies in shared memory, and four tokens are under way while four are multiplied.
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+__global__ void __launch_bounds__(32 * SHARES, 2)
     partial_kernel(int64_t N, int64_t D, int64_t E, int64_t tokens, const T *__restrict__ x,
                    const int32_t *__restrict__ part, const float *__restrict__ c,
                    float *__restrict__ partial)
 {
+    constexpr int RUN = 32; // tokens: a lane finds out about each
+    __shared__ four factors[SHARES][RUN / TOKENS][PROTOS];
+    __shared__ four handed[SHARES / 2][PROTOS][32];
+    const int share = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t tiles = (D + COLUMNS - 1) / COLUMNS, passes = (E + PROTOS - 1) / PROTOS;
-    const int64_t warp = pm_thread() / 32, slot = warp / (tiles * passes);
-    const int64_t d = warp % tiles * COLUMNS + 4 * (threadIdx.x % 32);
-    const int64_t i0 = warp / tiles % passes * PROTOS;
-    const int64_t end = (slot + 1) * tokens < N ? (slot + 1) * tokens : N;
-    if (slot * tokens >= N)
-        return;
+    const int64_t slot = blockIdx.x / (tiles * passes), d = blockIdx.x % tiles * COLUMNS + 4 * lane;
+    const int64_t i0 = blockIdx.x / tiles % passes * PROTOS;
+    const int64_t end = min((slot + 1) * tokens, N);
     four sum[PROTOS] = {};
-    for (int64_t n0 = slot * tokens; n0 < end; n0 += TOKENS) {
-        four u[TOKENS];
+    for (int64_t first = slot * tokens + RUN * share; first < end; first += RUN * SHARES) {
+        const unsigned routable = __ballot_sync(PM_ALL, is_routable(part, first + lane, end));
+        for (int k = lane; k < RUN / TOKENS * PROTOS; k += 32) {
+            const int64_t n = first + k / PROTOS * TOKENS, i = i0 + k % PROTOS;
+            factors[share][k / PROTOS][k % PROTOS] = n < end && i < E ? load_c(c, n, E, i) : four{};
+        }
+        __syncwarp();
+        pm_quad<T> next[TOKENS];
 #pragma unroll
         for (int r = 0; r < TOKENS; r++)
-            u[r] = is_routable(part, n0 + r, N) ? load_four<WIDE>(x + (n0 + r) * D, d, D) : four{};
-#pragma unroll
-        for (int i = 0; i < PROTOS; i++) {
-            const four own = i0 + i < E ? load_c(c, n0, E, i0 + i) : four{};
+            next[r] = load_quad<WIDE>(x + (first + r) * D, d, D, routable >> r & 1);
+        for (int n = 0; n < RUN; n += TOKENS) {
+            four u[TOKENS];
 #pragma unroll
             for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    sum[i].v[k] = fmaf(own.v[r], u[r].v[k], sum[i].v[k]);
+                    u[r].v[k] = next[r][k];
+#pragma unroll
+            for (int r = 0; r < TOKENS; r++) {
+                const int ahead = n + TOKENS + r;
+                next[r] = load_quad<WIDE>(x + (first + ahead) * D, d, D,
+                                          ahead < RUN && routable >> ahead & 1);
+            }
+#pragma unroll
+            for (int i = 0; i < PROTOS; i++) {
+                const four own = factors[share][n / TOKENS][i];
+#pragma unroll
+                for (int r = 0; r < TOKENS; r++)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        sum[i].v[k] = fmaf(own.v[r], u[r].v[k], sum[i].v[k]);
+            }
         }
+        __syncwarp();
     }
+#pragma unroll
+    for (int half = SHARES / 2; half > 0; half /= 2) {
+        if (share >= half && share < 2 * half)
+#pragma unroll
+            for (int i = 0; i < PROTOS; i++)
+                handed[share - half][i][lane] = sum[i];
+        __syncthreads();
+        if (share < half)
+#pragma unroll
+            for (int i = 0; i < PROTOS; i++) {
+                const four other = handed[share][i][lane];
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    sum[i].v[k] += other.v[k];
+            }
+        __syncthreads();
+    }
+    if (share != 0)
+        return;
 #pragma unroll
     for (int i = 0; i < PROTOS; i++)
         if (i0 + i < E)
@@ -285,9 +340,9 @@ pm_status backward_partial(pm_ctx *ctx, const pm_prototypical_routing_args *g, c
                            float *partial)
 {
     const int64_t tiles = (g->D + COLUMNS - 1) / COLUMNS, passes = (g->E + PROTOS - 1) / PROTOS;
-    PM_RUN(ctx, (partial_kernel<T, WIDE>),
-           pm_blocks(slot_count(g->N, g->E) * passes * tiles, WARPS), 32 * WARPS, 0, g->N, g->D,
-           g->E, slot_tokens(g->N, g->E), static_cast<const T *>(g->x), g->part, c, partial);
+    PM_RUN(ctx, (partial_kernel<T, WIDE>), (unsigned)(slot_count(g->N, g->E) * passes * tiles),
+           32 * SHARES, 0, g->N, g->D, g->E, slot_tokens(g->N, g->E), static_cast<const T *>(g->x),
+           g->part, c, partial);
     return PM_OK;
 }
 
@@ -345,8 +400,8 @@ pm_status prototypical_routing_backward(pm_ctx *ctx, const pm_prototypical_routi
         return PM_OK;
     PM_TRY(wide ? backward_partial<T, true>(ctx, g, r.c, r.partial)
                 : backward_partial<T, false>(ctx, g, r.c, r.partial));
-    PM_RUN(ctx, slot_sum_kernel, pm_blocks(g->E * g->D, 256), 256, 0, slot_count(g->N, g->E), g->E,
-           g->D, r.partial, nullptr, r.q, nullptr);
+    PM_RUN(ctx, slot_sum_kernel, pm_blocks(g->E * g->D, 32), 32 * SLOT_WARPS, 0,
+           slot_count(g->N, g->E), g->E, g->D, r.partial, nullptr, r.q, nullptr);
     PM_RUN(ctx, dproto_kernel, (unsigned)g->E, 256, 0, g->D, g->proto, g->pnorm, r.q, d->dproto);
     return PM_OK;
 }

@@ -1,35 +1,40 @@
 // residual_layernorm_modulate.cu: contract in csrc/ops/residual_layernorm_modulate.h. Bound by memory:
-// everything of a token's row is read once and written once, 16 bytes at a time, and stays in
-// registers between the reductions (over the lanes, by a fixed tree).
+// everything of a token's row is read once and written once, and stays in registers between the
+// reductions. What matters is how much is under way: 4 TB/s times 0.7 us are 21 KB per SM.
 //
-// forward   a warp per row, 4 rows per block. Bytes of an element: x 4, branch a, xo 4, y a (a: 4 or 2,
-//           the size of an activation); gate, shift and scale, one row for all tokens of an image,
-//           come from L1 and L2.
-// backward  a block per CHUNK tokens of one image: its 4 warps take the rows in turn. Bytes: xo 4, dxo
-//           4, dy a, branch a, dx 4, dbranch a. The sums over tokens (dgate, dshift, dscale) lie in
-//           shared memory, a copy per warp, since 3 D numbers beside a row would not fit into
-//           registers; the copies are added in the order of the warps into a slot of the chunk.
+// A block has a chunk of tokens of one image, a thread four channels of each: a warp reads 512
+// consecutive bytes of floats, 256 of bf16, and 384, 768, 1024 and 1152 channels are whole warps. Gate,
+// shift and scale, one row for all tokens of the image, and the sums over tokens stay in registers for
+// the chunk. ROWS tokens go at once: all that is read of them is asked for before the first is used, and
+// the sums of all their rows take one exchange through shared memory, and one barrier (there are two
+// sets of partial sums, so that the next rows need none before they write theirs).
+//
+// forward   Bytes of an element: x 4, branch a, xo 4, y a (a: 4 or 2, the size of an activation). Under
+//           way: 96 bytes a thread, 81 KB per SM.
+// backward  Bytes: xo 4, dxo 4, dy a, branch a, dx 4, dbranch a. Under way: 192 bytes a thread, 108 KB per
+//           SM. The sums over tokens (dgate, dshift, dscale) go into a slot of the chunk.
 // sums      a thread per channel of a condition adds the slots of its images, image by image, each
-//           in order. Bytes: 12 / CHUNK an element, written and read again (2 % of the above, each).
+//           in order. Bytes: 12 / 16 an element, written and read again (4 % of the above, each, and
+//           the slots of 64 images, 14 MB, stay in the L2 cache).
+//
+// Order of sums: over D, four channels in order, a tree over the lanes, then one over the warps. A row's
+// do not depend on its place among the ROWS.
 //
 // Rows wider than 2048, or not aligned to 16 bytes, take a second path: forward is a warp per row,
 // reading it three times; backward one pass for the sums over a row, then a thread per channel.
 #include <initializer_list>
 
-#include "common.cuh"
-
-extern __shared__ __align__(16) unsigned char pm_shared[];
+#include "quads.cuh"
 
 namespace {
 
 typedef pm_residual_layernorm_modulate_args arguments;
 typedef pm_residual_layernorm_modulate_grads gradients;
 
-constexpr int WARPS =
-    4; // of a block: 3 to 4 blocks of 1152 channels fit into an SM (55 KB, 153 registers)
-// Tokens of a block of the backward pass: 64 images of 256 tokens are 512 blocks, what 132 SMs hold
-// at once; with fewer tokens the slots would weigh more.
-constexpr int64_t CHUNK = 32;
+constexpr int WARPS = 4; // of a block of the second path
+// Tokens of a block. Forward: few, so that a batch of a few images has enough blocks; backward: its slots
+// are 12 bytes per channel and chunk, and 64 images of 256 tokens are 1024 blocks, four per place.
+constexpr int64_t FORWARD_CHUNK = 8, CHUNK = 16;
 
 template <class T> PM_DEVICE const T *act(const void *matrix, int64_t at)
 {
@@ -52,262 +57,301 @@ PM_DEVICE int64_t condition(const arguments &g, int64_t b, unsigned long long *f
     return 0;
 }
 
-// ---------------------------------------------------------------- a unit: V numbers of a lane
+// ---------------------------------------------------------------- four channels of a thread
 
-// V numbers are 16 bytes of activations, and 16 or 32 of floats.
-template <int V> PM_DEVICE void read(const float *from, float (&to)[V])
+constexpr int V = PM_QUAD;
+// Of a row that all tokens of an image share; 0 where there is none.
+template <class T> PM_DEVICE pm_quad<T> load_shared(const void *rows, int64_t at, bool here)
 {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-        const pm_pack<float> p = *reinterpret_cast<const pm_pack<float> *>(from + i);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            to[i + j] = p.v[j];
-    }
-}
-template <int V> PM_DEVICE void read(const bf16 *from, float (&to)[V])
-{
-    const pm_pack<bf16> p = *reinterpret_cast<const pm_pack<bf16> *>(from);
-#pragma unroll
-    for (int j = 0; j < V; j++)
-        to[j] = pm_float(p.v[j]);
-}
-template <int V> PM_DEVICE void write(const float (&from)[V], float *to)
-{
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-        pm_pack<float> p;
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            p.v[j] = from[i + j];
-        *reinterpret_cast<pm_pack<float> *>(to + i) = p;
-    }
-}
-template <int V> PM_DEVICE void write(const float (&from)[V], bf16 *to)
-{
-    pm_pack<bf16> p;
-#pragma unroll
-    for (int j = 0; j < V; j++)
-        p.v[j] = pm_to<bf16>(from[j]);
-    *reinterpret_cast<pm_pack<bf16> *>(to) = p;
+    return rows && here ? pm_load_quad(act<T>(rows, at)) : pm_quad<T>{};
 }
 
-// v += gate * branch
-template <class T, int V>
-PM_DEVICE void add_branch(const arguments &g, int64_t c, int64_t row, int at, float (&v)[V])
+// Rows at a time, and the warps of an SM that the registers are for: 64 of a thread, and 96. With both
+// streams and both activations four rows are 48 of them in bf16, as two are in float.
+template <class T> constexpr int ROWS = std::is_same<T, bf16>::value ? 4 : 2;
+constexpr int FORWARD_WARPS = 32, BACKWARD_WARPS = 20;
+// Kernels are compiled for the widths of DiT-S, B, L and XL, whose rows lie at distances that the
+// instructions name, and for any other (0).
+constexpr int MOST = 2048;
+__host__ __device__ constexpr int threads_of(int width)
 {
-    float branch[V], gate[V];
-    read(act<T>(g.branch, row * g.D + at), branch);
-    if (g.gate)
-        read(act<T>(g.gate, c * g.gate_ld + at), gate);
-#pragma unroll
-    for (int j = 0; j < V; j++)
-        v[j] = g.gate ? fmaf(gate[j], branch[j], v[j]) : v[j] + branch[j];
+    return ((width ? width : MOST) / V + 31) / 32 * 32;
 }
+constexpr int blocks_of(int warps, int threads)
+{
+    return threads < 32 * warps ? 32 * warps / threads : 1;
+}
+
+// ---------------------------------------------------------------- sums over a row
+
+// The sum of each of N numbers over the warp; lane l gets that of number l / (32 / N). At each step a lane gives
+// half of its numbers to the other half of the warp, so it takes about N shuffles, not 5 N.
+template <int N, int HALF = 16> PM_DEVICE float warp_sums(const float (&x)[N])
+{
+    if constexpr (N == 1) {
+        float sum = x[0];
+#pragma unroll
+        for (int lanes = HALF; lanes > 0; lanes /= 2)
+            sum += __shfl_xor_sync(PM_ALL, sum, lanes);
+        return sum;
+    } else {
+        const bool upper = threadIdx.x & HALF;
+        float kept[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            const float low = x[i], high = x[i + N / 2];
+            kept[i] = (upper ? high : low) + __shfl_xor_sync(PM_ALL, upper ? low : high, HALF);
+        }
+        return warp_sums<N / 2, HALF / 2>(kept);
+    }
+}
+// x over the 32 / N lanes that have the same of N numbers
+template <int N> PM_DEVICE float lanes_sum(float x)
+{
+#pragma unroll
+    for (int lanes = 16 / N; lanes > 0; lanes /= 2)
+        x += __shfl_xor_sync(PM_ALL, x, lanes);
+    return x;
+}
+// To every lane: number i of N, which the lanes i * 32 / N and on have.
+template <int N> PM_DEVICE void spread(float x, float (&all)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        all[i] = __shfl_sync(PM_ALL, x, i * (32 / N));
+}
+
+// The partial sums of N numbers that the warps exchange. Rows of 20: the lanes of a warp, which read
+// some warps' sums of each number, are in different banks.
+template <int N> struct partial_sums {
+    float of[N][MOST / (32 * V) + 4];
+};
 
 // ---------------------------------------------------------------- rows in registers
 
-// UNITS units of a lane hold a row: unit u of lane l is channels (32 u + l) V and on.
-template <class T, int UNITS>
-__global__ void __launch_bounds__(32 * WARPS) forward_kernel(arguments g, unsigned long long *fault)
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, threads_of(WIDTH)))
+    forward_kernel(arguments g, int64_t chunks, unsigned long long *fault)
 {
-    constexpr int V = pm_pack<T>::SIZE;
-    const int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (row >= g.B * g.T)
-        return; // the whole warp
-    const int lane = threadIdx.x % 32, D = (int)g.D;
-    const int64_t c = condition(g, row / g.T, fault);
+    constexpr int R = ROWS<T>, OF_ROW = 32 / R; // lanes
+    __shared__ partial_sums<2 * R> parts[2];    // of each row the sum, and the squares below
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int D = WIDTH ? WIDTH : (int)g.D, at = V * threadIdx.x;
+    const bool here = WIDTH || at < D;
+    const int warps = threads_of(D) / 32;
+    const int64_t b = blockIdx.x / chunks, c = condition(g, b, fault);
+    // Everything of the block lies at 32-bit distances from its first row.
+    const int64_t begin = b * g.T + blockIdx.x % chunks * FORWARD_CHUNK, base = begin * D;
+    const int count = (int)min(FORWARD_CHUNK, (b + 1) * g.T - begin); // rows
+    const pm_quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
+    const pm_quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
+    const pm_quad<T> shift = load_shared<T>(g.shift, c * g.mod_ld + at, here);
+    const float channels = (float)min(32 * V, D - 32 * V * warp); // of the warp
 
-    // xo = x + gate * branch
-    float v[UNITS][V], sum = 0;
+    for (int t = 0; t < count; t += R) {
+        const int set = t / R % 2; // of the partial sums
+        const int first = t * D + at, rows = here ? min(R, count - t) : 0;
+        pm_quad<float> x[R];
+        pm_quad<T> branch[R];
 #pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-        const int at = (32 * u + lane) * V;
-        if (at < D)
-            read(g.x + row * D + at, v[u]);
-    }
+        for (int r = 0; r < R; r++)
+            x[r] = r < rows ? pm_load_quad(g.x + base + (first + r * D)) : pm_quad<float>{};
 #pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-        const int at = (32 * u + lane) * V;
-        if (at >= D)
-            continue;
-        if (g.branch)
-            add_branch<T>(g, c, row, at, v[u]);
-        if (g.xo)
-            write(v[u], g.xo + row * D + at);
-#pragma unroll
-        for (int j = 0; j < V; j++)
-            sum += v[u][j];
-    }
+        for (int r = 0; r < R; r++)
+            branch[r] = g.branch && r < rows
+                            ? pm_load_quad(act<T>(g.branch, base) + (first + r * D))
+                            : pm_quad<T>{};
 
-    // xhat = (xo - mean) * rstd. The variance is a second pass: no cancellation.
-    const float mean = pm_warp_sum(sum) / (float)D;
-    float squares = 0;
+        // xo = x + gate * branch
+        float sums[R];
 #pragma unroll
-    for (int u = 0; u < UNITS; u++)
-        if ((32 * u + lane) * V < D)
+        for (int r = 0; r < R; r++) {
+            float(&v)[V] = x[r].v;
+            if (g.branch)
+#pragma unroll
+                for (int j = 0; j < V; j++)
+                    v[j] = g.gate ? fmaf(gate[j], branch[r][j], v[j]) : v[j] + branch[r][j];
+            if (g.xo && r < rows)
+                pm_store_quad(g.xo + base + (first + r * D), v);
+            sums[r] = (v[0] + v[1]) + (v[2] + v[3]);
+        }
+
+        // The variance is a second pass, so that nothing cancels: the squares about the mean of the warp's
+        // channels, which become those about the row's by what lies between the means.
+        const float sum = warp_sums<R>(sums);
+        float means[R], squares[R];
+        spread<R>(sum / channels, means);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            squares[r] = 0;
+            if (here)
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    const float off = x[r].v[j] - means[r];
+                    squares[r] = fmaf(off, off, squares[r]);
+                }
+        }
+        const float square = warp_sums<R>(squares);
+        const int own = lane / OF_ROW; // the row whose sums this lane has
+        if (lane % OF_ROW == 0) {
+            parts[set].of[own][warp] = sum;
+            parts[set].of[R + own][warp] = square;
+        }
+        __syncthreads();
+        float all = 0, apart = 0;
+#pragma unroll
+        for (int w = lane % OF_ROW; w < threads_of(WIDTH) / 32; w += OF_ROW)
+            all += w < warps ? parts[set].of[own][w] : 0.0f;
+        const float mean = lanes_sum<R>(all) / (float)D;
+#pragma unroll
+        for (int w = lane % OF_ROW; w < threads_of(WIDTH) / 32; w += OF_ROW)
+            if (w < warps) {
+                const float count = (float)min(32 * V, D - 32 * V * w);
+                const float off = parts[set].of[own][w] / count - mean;
+                apart += fmaf(count * off, off, parts[set].of[R + own][w]);
+            }
+        const float rstd = 1.0f / sqrtf(lanes_sum<R>(apart) / (float)D + (float)g.eps);
+        if (warp == 0 && lane % OF_ROW == 0 && t + own < count) {
+            if (g.mean)
+                g.mean[begin + (t + own)] = mean;
+            if (g.rstd)
+                g.rstd[begin + (t + own)] = rstd;
+        }
+
+        // xhat = (xo - mean) * rstd;  y = xhat * (1 + scale) + shift
+        float rstds[R];
+        spread<R>(mean, means);
+        spread<R>(rstd, rstds);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            if (r >= rows)
+                continue;
+            float y[V];
 #pragma unroll
             for (int j = 0; j < V; j++) {
-                v[u][j] -= mean;
-                squares = fmaf(v[u][j], v[u][j], squares);
+                const float xhat = (x[r].v[j] - means[r]) * rstds[r];
+                y[j] = fmaf(xhat, scale[j], xhat) + shift[j];
             }
-    const float rstd = 1.0f / sqrtf(pm_warp_sum(squares) / (float)D + (float)g.eps);
-    if (lane == 0) {
-        if (g.mean)
-            g.mean[row] = mean;
-        if (g.rstd)
-            g.rstd[row] = rstd;
-    }
-
-    // y = xhat * (1 + scale) + shift
-#pragma unroll
-    for (int u = 0; u < UNITS; u++) {
-        const int at = (32 * u + lane) * V;
-        if (at >= D)
-            continue;
-        float scale[V] = {}, shift[V] = {};
-        if (g.scale)
-            read(act<T>(g.scale, c * g.mod_ld + at), scale);
-        if (g.shift)
-            read(act<T>(g.shift, c * g.mod_ld + at), shift);
-#pragma unroll
-        for (int j = 0; j < V; j++) {
-            const float xhat = v[u][j] * rstd;
-            v[u][j] = fmaf(xhat, scale[j], xhat) + shift[j];
+            pm_store_quad(act<T>(g.y, base) + (first + r * D), y);
         }
-        write(v[u], act<T>(g.y, row * D + at));
-    }
-}
-
-// Shared memory: [warp][gate, shift, scale][D]. In the last, the first four numbers of each unit come
-// first, then the other four, so that lanes access consecutive 16 bytes: no bank conflicts.
-template <int V> PM_DEVICE int place(int D, int channel)
-{
-    return (channel % V / 4 * (D / V) + channel / V) * 4 + channel % 4;
-}
-template <int V> PM_DEVICE void accumulate(float *sums, int D, int at, const float (&term)[V])
-{
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
-        pm_pack<float> *const p =
-            reinterpret_cast<pm_pack<float> *>(sums + (i / 4 * (D / V) + at / V) * 4);
-        pm_pack<float> s = *p;
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            s.v[j] += term[i + j];
-        *p = s;
     }
 }
 
 // d.dgate, d.dshift, d.dscale: NULL where there is no such sum. slots: [3][chunks of all images][D].
-template <class T, int UNITS>
-__global__ void __launch_bounds__(32 * WARPS)
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, threads_of(WIDTH)))
     backward_kernel(arguments g, gradients d, int64_t chunks, float *__restrict__ slots,
                     unsigned long long *fault)
 {
-    constexpr int V = pm_pack<T>::SIZE;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = (int)g.D;
+    constexpr int R = ROWS<T>, OF_SUM = 32 / (2 * R); // lanes
+    __shared__ partial_sums<2 * R> parts[2];          // of dxhat and of dxhat * xhat of each row
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int D = WIDTH ? WIDTH : (int)g.D, at = V * threadIdx.x;
+    const bool here = WIDTH || at < D;
+    const int warps = threads_of(D) / 32;
     const int64_t b = blockIdx.x / chunks, c = condition(g, b, fault);
-    const int64_t begin = blockIdx.x % chunks * CHUNK, end = min(begin + CHUNK, g.T);
-    float *const shared = reinterpret_cast<float *>(pm_shared), *const sums = shared + warp * 3 * D;
-    for (int i = lane; i < 3 * D; i += 32)
-        sums[i] = 0;
-    __syncwarp();
+    // Everything of the block lies at 32-bit distances from its first row.
+    const int64_t begin = b * g.T + blockIdx.x % chunks * CHUNK, base = begin * D;
+    const int count = (int)min(CHUNK, (b + 1) * g.T - begin); // rows
+    const pm_quad<T> gate = load_shared<T>(g.gate, c * g.gate_ld + at, here);
+    const pm_quad<T> scale = load_shared<T>(g.scale, c * g.mod_ld + at, here);
+    const bool further = d.dx || d.dbranch || d.dgate;
+    float dgate[V] = {}, dshift[V] = {}, dscale[V] = {};
 
-    for (int64_t t = begin + warp; t < end; t += WARPS) {
-        const int64_t row = b * g.T + t;
-        const float mean = g.mean[row], rstd = g.rstd[row];
-        pm_pack<T> dy[UNITS];
-        float xhat[UNITS][V], sum = 0, dot = 0;
+    for (int t = 0; t < count; t += R) {
+        const int set = t / R % 2; // of the partial sums
+        const int first = t * D + at, rows = here ? min(R, count - t) : 0;
+        const bool add = !g.xo && g.branch; // xo was not kept
+        pm_quad<float> x[R], dxo[R];
+        pm_quad<T> dy[R], branch[R];
+        float mean[R], rstd[R];
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            const int at = (32 * u + lane) * V;
-            if (at < D) {
-                read((g.xo ? g.xo : g.x) + row * D + at, xhat[u]);
-                dy[u] = *reinterpret_cast<const pm_pack<T> *>(act<T>(d.dy, row * D + at));
-            }
+        for (int r = 0; r < R; r++) {
+            const bool there = r < rows;
+            x[r] = there ? pm_load_quad((g.xo ? g.xo : g.x) + base + (first + r * D))
+                         : pm_quad<float>{};
+            dy[r] = there ? pm_load_quad(act<T>(d.dy, base) + (first + r * D)) : pm_quad<T>{};
+            mean[r] = there ? g.mean[begin + (t + r)] : 0;
+            rstd[r] = there ? g.rstd[begin + (t + r)] : 0;
         }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const bool there = r < rows;
+            dxo[r] = d.dxo && there ? pm_load_quad(d.dxo + base + (first + r * D))
+                                    : pm_quad<float>{};
+            branch[r] = (add || d.dgate) && g.branch && there
+                            ? pm_load_quad(act<T>(g.branch, base) + (first + r * D))
+                            : pm_quad<T>{};
+        }
+
         // y = xhat * (1 + scale) + shift; dxhat = dy * (1 + scale)
+        float sums[2 * R];
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            const int at = (32 * u + lane) * V;
-            if (at >= D)
-                continue;
-            if (!g.xo && g.branch) // xo was not kept
-                add_branch<T>(g, c, row, at, xhat[u]);
-            float scale[V] = {}, up[V], term[V];
-            if (g.scale)
-                read(act<T>(g.scale, c * g.mod_ld + at), scale);
+        for (int r = 0; r < R; r++) {
+            float sum = 0, dot = 0;
 #pragma unroll
             for (int j = 0; j < V; j++) {
-                xhat[u][j] = (xhat[u][j] - mean) * rstd;
-                up[j] = pm_float(dy[u].v[j]);
-                term[j] = up[j] * xhat[u][j];
-                sum += fmaf(up[j], scale[j], up[j]);
-                dot += fmaf(term[j], scale[j], term[j]);
+                float &xhat = x[r].v[j];
+                const float more = branch[r][j], up = dy[r][j];
+                if (add)
+                    xhat = g.gate ? fmaf(gate[j], more, xhat) : xhat + more;
+                xhat = (xhat - mean[r]) * rstd[r];
+                const float term = up * xhat;
+                sum += fmaf(up, scale[j], up);
+                dot += fmaf(term, scale[j], term);
+                dshift[j] += up;
+                dscale[j] += term;
             }
-            if (d.dshift)
-                accumulate(sums + D, D, at, up);
-            if (d.dscale)
-                accumulate(sums + 2 * D, D, at, term);
+            sums[r] = sum, sums[R + r] = dot;
         }
-        const float a = pm_warp_sum(sum) / (float)D, e = -pm_warp_sum(dot) / (float)D;
-        if (!d.dx && !d.dbranch && !d.dgate)
+        if (!further)
             continue;
-            // dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat));
-            // dbranch = gate * dx; dgate += branch * dx
+        const float part = warp_sums<2 * R>(sums);
+        const int own = lane / OF_SUM; // the sum that this lane has
+        if (lane % OF_SUM == 0)
+            parts[set].of[own][warp] = part;
+        __syncthreads();
+        float all = 0;
 #pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            const int at = (32 * u + lane) * V;
-            if (at >= D)
+        for (int w = lane % OF_SUM; w < threads_of(WIDTH) / 32; w += OF_SUM)
+            all += w < warps ? parts[set].of[own][w] : 0.0f;
+        spread<2 * R>(lanes_sum<2 * R>(all) / (float)D, sums);
+
+        // dx = dxo + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat));
+        // dbranch = gate * dx; dgate += branch * dx
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            if (r >= rows)
                 continue;
-            float scale[V] = {}, v[V], other[V];
-            if (g.scale)
-                read(act<T>(g.scale, c * g.mod_ld + at), scale);
+            float v[V];
 #pragma unroll
             for (int j = 0; j < V; j++) {
-                const float up = pm_float(dy[u].v[j]), dxhat = fmaf(up, scale[j], up);
-                v[j] = rstd * fmaf(xhat[u][j], e, dxhat - a);
-            }
-            if (d.dxo) {
-                read(d.dxo + row * D + at, other);
-#pragma unroll
-                for (int j = 0; j < V; j++)
-                    v[j] += other[j];
+                const float up = dy[r][j];
+                const float dxhat = fmaf(up, scale[j], up);
+                v[j] = rstd[r] * fmaf(x[r].v[j], -sums[R + r], dxhat - sums[r]) + dxo[r].v[j];
+                dgate[j] = fmaf(branch[r][j], v[j], dgate[j]);
             }
             if (d.dx)
-                write(v, d.dx + row * D + at);
-            if (d.dgate && g.branch) {
-                read(act<T>(g.branch, row * D + at), other);
-#pragma unroll
-                for (int j = 0; j < V; j++)
-                    other[j] *= v[j];
-                accumulate(sums, D, at, other);
-            }
+                pm_store_quad(d.dx + base + (first + r * D), v);
             if (d.dbranch) {
-                if (g.gate) {
-                    read(act<T>(g.gate, c * g.gate_ld + at), other);
+                if (g.gate)
 #pragma unroll
                     for (int j = 0; j < V; j++)
-                        v[j] *= other[j];
-                }
-                write(v, act<T>(d.dbranch, row * D + at));
+                        v[j] *= gate[j];
+                pm_store_quad(act<T>(d.dbranch, base) + (first + r * D), v);
             }
         }
     }
 
-    __syncthreads();
-    const bool wanted[3] = {d.dgate != nullptr, d.dshift != nullptr, d.dscale != nullptr};
-    for (int i = threadIdx.x; i < D; i += 32 * WARPS)
-#pragma unroll
-        for (int s = 0; s < 3; s++)
-            if (wanted[s]) {
-                float sum = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++)
-                    sum += shared[(w * 3 + s) * D + place<V>(D, i)];
-                slots[((int64_t)s * gridDim.x + blockIdx.x) * D + i] = sum;
-            }
+    if (!here)
+        return;
+    const int64_t slot = (int64_t)blockIdx.x * D + at, all = (int64_t)gridDim.x * D;
+    if (d.dgate)
+        pm_store_quad(slots + slot, dgate);
+    if (d.dshift)
+        pm_store_quad(slots + all + slot, dshift);
+    if (d.dscale)
+        pm_store_quad(slots + 2 * all + slot, dscale);
 }
 
 // ---------------------------------------------------------------- any width, any alignment
@@ -438,6 +482,7 @@ __global__ void __launch_bounds__(128)
     float sum = 0;
     for (int64_t b = begin; b < end; b++)
         if (!g.cond || g.cond[b] == c)
+#pragma unroll 8
             for (int64_t k = b * chunks; k < (b + 1) * chunks; k++)
                 sum += slots[k * g.D];
     act<T>(out, c * (which == 0 ? g.gate_ld : g.mod_ld))[i] = pm_to<T>(sum);
@@ -455,23 +500,22 @@ bool aligned(std::initializer_list<const void *> pointers)
     return true;
 }
 
-// Rows fit into registers, in whole units.
-template <class T> bool fits(const arguments *g)
+// Rows fit into a block, by fours.
+bool fits(const arguments *g)
 {
-    constexpr int64_t V = pm_pack<T>::SIZE;
-    return g->D <= 2048 && g->D % V == 0 && (!g->gate || g->gate_ld % V == 0) &&
+    return g->D <= MOST && g->D % V == 0 && (!g->gate || g->gate_ld % V == 0) &&
            ((!g->shift && !g->scale) || g->mod_ld % V == 0) &&
            aligned({g->x, g->branch, g->gate, g->shift, g->scale, g->xo, g->y});
 }
 
-// Calls run with the number of units for the width: those of DiT-S, B, L and XL, and the most.
-template <class T, class F> pm_status for_width(int64_t D, F run)
+// Calls run with the width as a constant: D, or 0.
+template <class F> pm_status for_width(int64_t D, F run)
 {
-    constexpr int OF_WARP = 32 * pm_pack<T>::SIZE;
-    return D <= 384    ? run(std::integral_constant<int, (384 + OF_WARP - 1) / OF_WARP>())
-           : D <= 768  ? run(std::integral_constant<int, 768 / OF_WARP>())
-           : D <= 1152 ? run(std::integral_constant<int, (1152 + OF_WARP - 1) / OF_WARP>())
-                       : run(std::integral_constant<int, 2048 / OF_WARP>());
+    return D == 384    ? run(std::integral_constant<int, 384>())
+           : D == 768  ? run(std::integral_constant<int, 768>())
+           : D == 1024 ? run(std::integral_constant<int, 1024>())
+           : D == 1152 ? run(std::integral_constant<int, 1152>())
+                       : run(std::integral_constant<int, 0>());
 }
 
 } // namespace
@@ -487,14 +531,15 @@ size_t residual_layernorm_modulate_workspace(const pm_ctx *, const arguments *g,
 template <class T>
 pm_status residual_layernorm_modulate_forward(pm_ctx *ctx, const arguments *g, void *)
 {
-    const unsigned blocks = g->D ? pm_blocks(g->B * g->T, WARPS) : 0;
-    if (!fits<T>(g)) {
-        PM_RUN(ctx, forward_any_kernel<T>, blocks, 32 * WARPS, 0, *g, pm_device().fault);
+    if (!fits(g)) {
+        PM_RUN(ctx, forward_any_kernel<T>, g->D ? pm_blocks(g->B * g->T, WARPS) : 0, 32 * WARPS, 0,
+               *g, pm_device().fault);
         return PM_OK;
     }
-    return for_width<T>(g->D, [&](auto units) -> pm_status {
-        PM_RUN(ctx, (forward_kernel<T, decltype(units)::value>), blocks, 32 * WARPS, 0, *g,
-               pm_device().fault);
+    const int64_t chunks = pm_blocks(g->T, FORWARD_CHUNK), blocks = g->D ? g->B * chunks : 0;
+    return for_width(g->D, [&](auto width) -> pm_status {
+        PM_RUN(ctx, (forward_kernel<T, decltype(width)::value>), (unsigned)blocks,
+               threads_of((int)g->D), 0, *g, chunks, pm_device().fault);
         return PM_OK;
     });
 }
@@ -509,11 +554,10 @@ pm_status residual_layernorm_modulate_backward(pm_ctx *ctx, const arguments *g,
     d.dscale = g->scale ? d.dscale : nullptr;
     const int64_t chunks = chunks_of(g), blocks = g->D ? g->B * chunks : 0;
     float *const slots = pm_take<float>(&scratch, 3 * g->B * chunks * g->D);
-    if (fits<T>(g) && aligned({d.dxo, d.dy, d.dx, d.dbranch})) {
-        PM_TRY(for_width<T>(g->D, [&](auto units) -> pm_status {
-            PM_RUN(ctx, (backward_kernel<T, decltype(units)::value>), (unsigned)blocks, 32 * WARPS,
-                   WARPS * 3 * (size_t)g->D * sizeof(float), *g, d, chunks, slots,
-                   pm_device().fault);
+    if (fits(g) && aligned({d.dxo, d.dy, d.dx, d.dbranch})) {
+        PM_TRY(for_width(g->D, [&](auto width) -> pm_status {
+            PM_RUN(ctx, (backward_kernel<T, decltype(width)::value>), (unsigned)blocks,
+                   threads_of((int)g->D), 0, *g, d, chunks, slots, pm_device().fault);
             return PM_OK;
         }));
     } else {

@@ -14,17 +14,16 @@
 // in the caches: a block per prototype and one per mean; what is 0 because V < 2 is found out there,
 // so that the launches do not depend on the choices.
 //
-// Order of sums: over tokens as in cosine.cuh; over D a thread adds its columns, then a tree; over
+// Order of sums: over tokens ascending in a quarter of a slot, then the quarters, then as in cosine.cuh; over D a thread adds its columns, then a tree; over
 // clusters in logsumexp and the loss, which are in double, a thread every 256th, then a tree; in
 // dp and dm ascending.
 #include "cosine.cuh"
 
 namespace {
 
-constexpr int WARPS = 4; // of a block that sums rows of x
-constexpr int CLUSTERS =
-    16;                  // whose sums a warp has at a time: 8 KB of shared memory, 32 KB a block
-constexpr int BATCH = 4; // tokens whose rows are under way at once
+constexpr int WARPS = 4;     // of a block that sums rows of x
+constexpr int CLUSTERS = 16; // whose sums a warp has: 8 KB of shared memory, 32 KB a block
+constexpr int BATCH = 16; // tokens whose rows are under way at once: 4 KB of bf16, in 32 registers
 
 // The choices of tokens. A: the slots that count; stride: all of them.
 struct members {
@@ -51,55 +50,77 @@ members members_of(const pm_routing_contrastive_loss_args *g)
 // ---------------------------------------------------------------- forward
 
 // partial[slot, i, :] = sum of x over the members of cluster i in the slot; counts[slot, i]: how many. A
-// warp has 16 clusters and 128 columns of a slot. Which sum a row goes to is only known by reading,
-// and registers have no index: the sums are in shared memory, where each lane sees its own columns alone.
+// block has 16 clusters and 128 columns of a slot, each of its warps a quarter of the tokens. Which sum a
+// row goes to is only known by reading, and registers have no index: the sums are in shared memory, where
+// each lane sees its own columns alone. A lane finds out about one of 32 tokens, so that no row waits
+// for its choice.
 template <class T, bool WIDE>
 __global__ void __launch_bounds__(32 * WARPS)
     partial_kernel(int64_t N, int64_t D, int64_t tokens, const T *__restrict__ x, members who,
                    float *__restrict__ partial, int32_t *__restrict__ counts)
 {
     __shared__ four sums[WARPS][CLUSTERS][32];
-    const int lane = threadIdx.x % 32;
+    __shared__ int32_t found[WARPS][CLUSTERS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t tiles = (D + COLUMNS - 1) / COLUMNS, passes = (who.E + CLUSTERS - 1) / CLUSTERS;
-    const int64_t warp = pm_thread() / 32, slot = warp / (tiles * passes), tile = warp % tiles;
-    const int64_t d = tile * COLUMNS + 4 * lane, i0 = warp / tiles % passes * CLUSTERS;
-    const int64_t end = (slot + 1) * tokens < N ? (slot + 1) * tokens : N;
-    if (slot * tokens >= N)
-        return;
-    int32_t count = 0; // of cluster i0 + lane
+    const int64_t slot = blockIdx.x / (tiles * passes), tile = blockIdx.x % tiles;
+    const int64_t d = tile * COLUMNS + 4 * lane;
+    const int64_t i0 = blockIdx.x / tiles % passes * CLUSTERS;
+    const int64_t begin = slot * tokens + warp * (tokens / WARPS);
+    const int64_t end = min(begin + tokens / WARPS, N);
+    int32_t count = 0;                                       // of cluster i0 + lane
+    const auto add = [&](int64_t i, const pm_quad<T> &row) { // the same i in all lanes; any
+        if (i < 0 || i >= CLUSTERS)
+            return;
+        count += i == lane;
+        four *const to = &sums[warp][i][lane];
+        four sum = *to;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            sum.v[k] += row[k];
+        *to = sum;
+    };
     for (int i = 0; i < CLUSTERS; i++)
-        sums[threadIdx.x / 32][i][lane] = {};
-    for (int64_t n0 = slot * tokens; n0 < end; n0 += BATCH) {
-        four u[BATCH];
-#pragma unroll
-        for (int r = 0; r < BATCH; r++) {
-            bool wanted = false;
-            for (int64_t a = 0; n0 + r < end && a < who.A; a++) {
-                const int64_t i = who.cluster(n0 + r, a) - i0;
-                wanted = wanted || (i >= 0 && i < CLUSTERS);
-            }
-            u[r] = wanted ? load_four<WIDE>(x + (n0 + r) * D, d, D) : four{};
+        sums[warp][i][lane] = {};
+    for (int64_t n0 = begin; n0 < end; n0 += 32) {
+        bool wanted = false;
+        int64_t own = -1; // of the first slot
+        for (int64_t a = 0; n0 + lane < end && a < who.A; a++) {
+            const int64_t i = who.cluster(n0 + lane, a) - i0;
+            wanted = wanted || (i >= 0 && i < CLUSTERS);
+            own = a ? own : i;
         }
+        const unsigned rows = __ballot_sync(PM_ALL, wanted);
+        for (int step = 0; step < 32; step += BATCH) {
+            pm_quad<T> u[BATCH];
 #pragma unroll
-        for (int r = 0; r < BATCH; r++)
-            for (int64_t a = 0; n0 + r < end && a < who.A; a++) {
-                const int32_t i = who.cluster(n0 + r, a);
-                if (i < i0 || i >= i0 + CLUSTERS)
+            for (int r = 0; r < BATCH; r++)
+                u[r] = load_quad<WIDE>(x + (n0 + step + r) * D, d, D, rows >> (step + r) & 1);
+#pragma unroll
+            for (int r = 0; r < BATCH; r++) {
+                if (!(rows >> (step + r) & 1))
                     continue;
-                count += i == i0 + lane;
-                four *const to = &sums[threadIdx.x / 32][i - i0][lane];
-                four sum = *to;
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    sum.v[k] += u[r].v[k];
-                *to = sum;
+                add(__shfl_sync(PM_ALL, own, step + r), u[r]);
+                for (int64_t a = 1; a < who.A; a++)
+                    add(who.cluster(n0 + step + r, a) - i0, u[r]);
             }
+        }
     }
-    if (tile == 0 && lane < CLUSTERS && i0 + lane < who.E)
-        counts[slot * who.E + i0 + lane] = count;
-    for (int i = 0; i < CLUSTERS && i0 + i < who.E; i++)
-        store_four<WIDE>(partial + (slot * who.E + i0 + i) * D, d, D,
-                         sums[threadIdx.x / 32][i][lane]);
+    if (lane < CLUSTERS)
+        found[warp][lane] = count;
+    __syncthreads();
+    for (int i = warp; i < CLUSTERS && i0 + i < who.E; i += WARPS) {
+        four sum = sums[0][i][lane];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++)
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                sum.v[k] += sums[w][i][lane].v[k];
+        store_four<WIDE>(partial + (slot * who.E + i0 + i) * D, d, D, sum);
+        if (tile == 0 && lane == 0)
+            counts[slot * who.E + i0 + i] = (found[0][i] + found[1][i]) +
+                                            (found[2][i] + found[3][i]);
+    }
 }
 
 // V; by a block, for all of it.
@@ -176,9 +197,9 @@ pm_status partial_sums(pm_ctx *ctx, const pm_routing_contrastive_loss_args *g, f
                        int32_t *counts)
 {
     const int64_t tiles = (g->D + COLUMNS - 1) / COLUMNS, passes = (g->E + CLUSTERS - 1) / CLUSTERS;
-    PM_RUN(ctx, (partial_kernel<T, WIDE>),
-           pm_blocks(slot_count(g->N, g->E) * passes * tiles, WARPS), 32 * WARPS, 0, g->N, g->D,
-           slot_tokens(g->N, g->E), static_cast<const T *>(g->x), members_of(g), partial, counts);
+    PM_RUN(ctx, (partial_kernel<T, WIDE>), (unsigned)(slot_count(g->N, g->E) * passes * tiles),
+           32 * WARPS, 0, g->N, g->D, slot_tokens(g->N, g->E), static_cast<const T *>(g->x),
+           members_of(g), partial, counts);
     return PM_OK;
 }
 
@@ -334,8 +355,8 @@ pm_status routing_contrastive_loss_forward(pm_ctx *ctx, const pm_routing_contras
     PM_TRY(fours(g->D, g->x, nullptr, nullptr)
                ? partial_sums<T, true>(ctx, g, r.partial, r.counts)
                : partial_sums<T, false>(ctx, g, r.partial, r.counts));
-    PM_RUN(ctx, slot_sum_kernel, pm_blocks(g->E * g->D, 256), 256, 0, slot_count(g->N, g->E), g->E,
-           g->D, r.partial, r.counts, r.centroid, r.count);
+    PM_RUN(ctx, slot_sum_kernel, pm_blocks(g->E * g->D, 32), 32 * SLOT_WARPS, 0,
+           slot_count(g->N, g->E), g->E, g->D, r.partial, r.counts, r.centroid, r.count);
     PM_RUN(ctx, norm_kernel, pm_blocks(2 * g->E, 4), 128, 0, g->E, g->D, g->proto, r.centroid,
            r.norms);
     PM_RUN(ctx, row_kernel, (unsigned)g->E, 256, 0, g->E, g->D, (float)g->temperature, g->proto,
