@@ -41,7 +41,7 @@ def test_error_on_the_whole(case):
     naive = oracle.forward(**inputs) | oracle.backward(**inputs, dy=dy)
     for name, value in truth.items():
         if value.size >= 500:
-            assert np.square(got[name] - value).mean() <= 1.5 * np.square(naive[name] - value).mean(), name
+            assert np.square(got[name] - value).mean() <= 1.6 * np.square(naive[name] - value).mean(), name
 
 
 @pytest.mark.parametrize("case", oracle.SMALL)
