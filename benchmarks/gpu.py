@@ -3,7 +3,7 @@
     python -m benchmarks.gpu test|sanitize|bench [--seconds 480] [--at-once N] [--only WORDS] [--official PATH] [--again]
 
 A call works for at most --seconds and ends; the next call of the same commit on the same GPU goes on with the jobs that are
-left. All of them are in one file, benchmarks/results/DATE-GPU-WHAT.json, written after every job. Tests share the GPU,
+left. All of them are in one file, benchmarks/results/DATE-GPU-WHAT-COMMIT.json, written after every job. Tests share the GPU,
 measurements have it for themselves. Exit status: 0 all jobs are done and passed, 1 one failed, 3 some are left. Without a
 GPU it says why there is none, and fails.
 """
@@ -78,13 +78,13 @@ class Job:
 def open_result(what, about, again):
     """(file, content): one that is not complete, of this commit and GPU, or a new one."""
     RESULTS.mkdir(exist_ok=True)
-    for path in sorted(RESULTS.glob(f"*-{what}.json"), reverse=True):
+    for path in sorted(RESULTS.glob(f"*-{what}-*.json"), reverse=True):
         content = json.loads(path.read_text())
         same = content.get("what") == what and all(content["machine"].get(k) == about[k] for k in ("commit", "gpu"))
         if same and not content["complete"] and not again:
             return path, content
     name = re.sub(r"\W+", "-", about["gpu"].split(",")[0]).strip("-").lower()
-    return RESULTS / f"{about['when'][:10]}-{name}-{what}.json", {
+    return RESULTS / f"{about['when'][:10]}-{name}-{what}-{about['commit']}.json", {
         "what": what, "machine": about, "complete": False, "jobs": {}}
 
 

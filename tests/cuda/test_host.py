@@ -76,6 +76,14 @@ PLAIN = {
     } for n in (4, 8, 16)},
     "cp_async_pipeline": {1: WRONG, 2: WRONG},
     "tiled_product": {1: WRONG, 2: WRONG},
+    **{case: {
+        1: r"wgmma \(tensor.cu:\d+\): lane 0 has waited for copies without fence_proxy_async behind it",
+        2: r"wgmma \(tensor.cu:\d+\): dynamic shared memory \+ \d+ bytes .*was written before wgmma_wait",
+        3: f"({WRONG}|was written before wgmma_wait)",
+        4: r"wgmma \(tensor.cu:\d+\) without wgmma_begin since the last wgmma_wait",
+        5: WRONG,
+        6: r"returned with a wgmma \(tensor.cu:\d+\) that nobody waited for",
+    } for case in ("wgmma", "wgmma_across")},
     "misaligned_vectors": {
         1: AT.format("vectors", 3) + r"misaligned access \(tensor.cu:\d+\) to a 'const struct float4' at "
         r"device memory \+ 52 bytes \(of 272\): it needs an address that is a multiple of 16",
@@ -162,6 +170,7 @@ RACE = {
        for n in (4, 8, 16)},
     "cp_async_pipeline": {1: FLYING, 2: f"({FLYING}|race: writes shared s)"},
     "tiled_product": {1: "(race: |uninitialised: |has not arrived)"},
+    "wgmma": {3: "(race: |uninitialised: |has not arrived)"},
 }
 
 ASAN = {

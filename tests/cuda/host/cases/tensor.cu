@@ -288,6 +288,80 @@ CASE(tiled_product)
     return compare(c.get(), product(a, b, m, n, k), 1e-4);
 }
 
+// c (64, 128) = a b, of a warpgroup: two stages of 64 numbers of the depth, in lines of 128 bytes,
+// swizzled. MINOR: a is (k, 64), b (k, 128); else (64, k) and (128, k).
+template <bool MINOR>
+__global__ void by_wgmma(const bf16 *a, const bf16 *b, float *c, int k, int sabotage)
+{
+    extern __shared__ __align__(16) unsigned char pm_shared[];
+    bf16 *const stages = reinterpret_cast<bf16 *>(
+        (reinterpret_cast<uintptr_t>(pm_shared) + 1023) / 1024 * 1024);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto place = [&](int line, int unit) { return line * 64 + (sabotage == 5 ? unit : unit ^ line % 8) * 8; };
+    const auto fetch = [&](int at) {
+        bf16 *const as = stages + at / 64 % 2 * (64 + 128) * 64, *const bs = as + 64 * 64;
+        if (at < k)
+            for (int i = threadIdx.x; i < (64 + 128) * 8; i += 128) {
+                const bool of_a = i < 64 * 8;
+                const int j = of_a ? i : i - 64 * 8, line = j / 8, unit = j % 8;
+                const int half = line / 64 * 64; // MINOR: of b's 128 columns
+                const bf16 *const from = of_a ? a : b;
+                cp_async<16>((of_a ? as : bs) + place(line, unit),
+                             MINOR ? &from[(at + line % 64) * (of_a ? 64 : 128) + half + unit * 8]
+                                   : &from[line * k + at + unit * 8]);
+            }
+        cp_async_commit();
+    };
+    float d[64] = {};
+    fetch(0);
+    for (int at = 0; at < k; at += 64) {
+        const bf16 *const as = stages + at / 64 % 2 * (64 + 128) * 64, *const bs = as + 64 * 64;
+        cp_async_wait<0>();
+        if (sabotage != 2)
+            wgmma_wait<0>(d);
+        if (sabotage != 1)
+            fence_proxy_async();
+        if (sabotage != 3)
+            __syncthreads();
+        if (sabotage != 4)
+            wgmma_begin();
+        for (int i = 0; i < 64; i += 16) {
+            const int by = i * (MINOR ? 128 : 2);
+            wgmma_m64k16<128, MINOR, MINOR>(d, wgmma_advance(wgmma_describe(as, 0, 1024), by),
+                                            wgmma_advance(wgmma_describe(bs, 64 * 128, 1024), by));
+        }
+        wgmma_commit();
+        fetch(at + 64);
+    }
+    if (sabotage != 6)
+        wgmma_wait<0>(d);
+    for (int i = 0; i < 64; i++)
+        c[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+template <bool MINOR> static int run_wgmma(int sabotage)
+{
+    const int m = 64, n = 128, k = 320, bytes = 2 * (64 + 128) * 128 + 1024;
+    std::vector<float> a = numbers(m * k, 7), b = numbers(n * k, 8);
+    const std::vector<double> want = product(a, b, m, n, k);
+    const auto across = [&](std::vector<float> &x, int lines) {
+        const std::vector<float> y = x;
+        for (int i = 0; i < lines; i++)
+            for (int l = 0; l < k; l++)
+                x[l * lines + i] = y[i * k + l];
+    };
+    if (MINOR)
+        across(a, m), across(b, n);
+    Array<bf16> da(rounded(a)), db(rounded(b));
+    Array<float> c(m * n);
+    TRY(cudaFuncSetAttribute((by_wgmma<MINOR>), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    LAUNCH((by_wgmma<MINOR>), 1, 128, bytes, nullptr, da, db, c, k, sabotage);
+    return compare(c.get(), want, 1e-4);
+}
+
+CASE(wgmma) { return run_wgmma<false>(sabotage); }
+CASE(wgmma_across) { return run_wgmma<true>(sabotage); }
+
 // ------------------------------------------------------------------ alignment
 __global__ void vectors(const float *x, float *y, int sabotage)
 {
