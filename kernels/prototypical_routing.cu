@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 #pragma unroll
     for (int r = 0; r < TOKENS; r++)
         routable |= (unsigned)is_routable(part, n0 + r, N) << r;
-    const int64_t columns = routable ? D : 0;
+    const int columns = routable ? (int)D : 0;
     float a[TOKENS] = {};
     for (int64_t i0 = 0; i0 < E; i0 += PROTOS) {
         const int here = (int)min(E - i0, (int64_t)PROTOS);
         float dot[TOKENS * PROTOS] = {}, square[TOKENS] = {};
-        for (int64_t d0 = 0; d0 < columns; d0 += COLUMNS) {
-            const int64_t d = d0 + 4 * lane;
+        for (int d0 = 0; d0 < columns; d0 += COLUMNS) {
+            const int d = d0 + 4 * lane;
             pm_quad<T> u[TOKENS];
 #pragma unroll
             for (int r = 0; r < TOKENS; r++)
