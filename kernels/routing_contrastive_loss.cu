@@ -247,9 +247,11 @@ __global__ void __launch_bounds__(256)
     float dot = 0;
     for (int64_t d = threadIdx.x; d < D; d += 256) {
         float sum = 0;
-        for (int64_t k = 0; k < E; k++)
-            if (count[k] > 0)
-                sum = fmaf(w[k], others[k * D + d], sum);
+#pragma unroll 4 // loads that no branch separates
+        for (int64_t k = 0; k < E; k++) {
+            const float other = others[k * D + d];
+            sum = count[k] > 0 ? fmaf(w[k], other, sum) : sum;
+        }
         sums[d] = sum;
         dot = fmaf(own[d], sum, dot);
     }
@@ -263,41 +265,55 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// dx_n += the sum of dmean over the clusters of token n. A thread per four columns.
+// dx_n += the sum of dmean over the clusters of token n. A warp per token; of its row, STRIPS times 128
+// columns are under way at once (3, 6, 8 or 9 are all).
+constexpr int STRIPS = 3;
+
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(32 * WARPS)
     dx_kernel(int64_t N, int64_t D, members who, const float *__restrict__ dmean,
               T *__restrict__ dx)
 {
-    const int64_t columns = (D + 3) / 4, n = pm_thread() / columns, d = pm_thread() % columns * 4;
+    const int lane = threadIdx.x % 32;
+    const int64_t n = pm_thread() / 32;
     if (n >= N)
         return;
-    four sum = {};
     bool wanted = false;
-    for (int64_t a = 0; a < who.A; a++) {
-        const int32_t i = who.cluster(n, a);
-        if (i < 0)
-            continue;
-        const four add = load_four<WIDE>(dmean + i * D, d, D);
+    for (int64_t a = 0; a < who.A; a++)
+        wanted = wanted || who.cluster(n, a) >= 0;
+    for (int64_t d = 4 * lane; wanted && d < D; d += STRIPS * COLUMNS) {
+        pm_quad<T> old[STRIPS];
+        four sum[STRIPS] = {};
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            sum.v[k] += add.v[k];
-        wanted = true;
+        for (int s = 0; s < STRIPS; s++)
+            old[s] = load_quad<WIDE>(dx + n * D, d + s * COLUMNS, D);
+        for (int64_t a = 0; a < who.A; a++) {
+            const int32_t i = who.cluster(n, a);
+            if (i < 0)
+                continue;
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++) {
+                const pm_quad<float> add = load_quad<WIDE>(dmean + i * D, d + s * COLUMNS, D);
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    sum[s].v[k] += add[k];
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                sum[s].v[k] += old[s][k];
+            store_four<WIDE>(dx + n * D, d + s * COLUMNS, D, sum[s]);
+        }
     }
-    if (!wanted)
-        return;
-    const four old = load_four<WIDE>(dx + n * D, d, D);
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        sum.v[k] += old.v[k];
-    store_four<WIDE>(dx + n * D, d, D, sum);
 }
 
 template <class T, bool WIDE>
 pm_status backward_dx(pm_ctx *ctx, const pm_routing_contrastive_loss_args *g, const float *dmean,
                       void *dx)
 {
-    PM_RUN(ctx, (dx_kernel<T, WIDE>), pm_blocks(g->N * ((g->D + 3) / 4), 256), 256, 0, g->N, g->D,
+    PM_RUN(ctx, (dx_kernel<T, WIDE>), pm_blocks(g->N, WARPS), 32 * WARPS, 0, g->N, g->D,
            members_of(g), dmean, static_cast<T *>(dx));
     return PM_OK;
 }
