@@ -59,4 +59,5 @@ CASES = {
     "voxels": _case(1, 3, (6, 4, 8), (3, 2, 4), 70),  # P = 72, T = 8
     "patch_of_one": _case(2, 5, (2, 3, 2), (1, 1, 1), 9),
     "many_tokens": _case(5, 4, (1, 16, 16), (1, 2, 2), 48),  # several row blocks, uneven
+    "wide": _case(2, 4, (1, 10, 10), (1, 2, 2), 400),  # more than a GPU's block has columns
 }
