@@ -39,8 +39,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ __align__(16) float weights[STEP][COLUMNS + 4];
     __shared__ __align__(16) float patches[TOKENS][STEP];
     __shared__ int64_t patch_at[TOKENS], number_at[STEP], pos_at[TOKENS];
-    const int64_t across = (D + COLUMNS - 1) / COLUMNS;
-    const int64_t n0 = blockIdx.x / across * TOKENS, c0 = blockIdx.x % across * COLUMNS;
+    const unsigned across = (unsigned)((D + COLUMNS - 1) / COLUMNS);
+    const int64_t n0 = (int64_t)(blockIdx.x / across) * TOKENS,
+                  c0 = (int64_t)(blockIdx.x % across) * COLUMNS;
     const int64_t column = c0 + PM_QUAD * threadIdx.x;
     const int tokens = (int)min((int64_t)TOKENS, N - n0);
     if (threadIdx.x < TOKENS) {
@@ -131,6 +132,7 @@ __global__ void dpos_kernel(int64_t B, int64_t count, const float *__restrict__ 
     if (i >= count)
         return;
     float sum = 0;
+#pragma unroll 8 // loads under way
     for (int64_t b = 0; b < B; b++)
         sum += dy[b * count + i];
     dpos[i] += sum;

@@ -245,7 +245,8 @@ __global__ void __launch_bounds__(32 * SHARES, 2)
     __shared__ four factors[SHARES][RUN / TOKENS][PROTOS];
     __shared__ four handed[SHARES / 2][PROTOS][32];
     const int share = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t tiles = (D + COLUMNS - 1) / COLUMNS, passes = (E + PROTOS - 1) / PROTOS;
+    const unsigned tiles = (unsigned)((D + COLUMNS - 1) / COLUMNS);
+    const unsigned passes = (unsigned)((E + PROTOS - 1) / PROTOS);
     const int64_t slot = blockIdx.x / (tiles * passes), d = blockIdx.x % tiles * COLUMNS + 4 * lane;
     const int64_t i0 = blockIdx.x / tiles % passes * PROTOS;
     const int64_t end = min((slot + 1) * tokens, N);

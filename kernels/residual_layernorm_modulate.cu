@@ -66,10 +66,10 @@ template <class T> PM_DEVICE pm_quad<T> load_shared(const void *rows, int64_t at
     return rows && here ? pm_load_quad(act<T>(rows, at)) : pm_quad<T>{};
 }
 
-// Rows at a time, and the warps of an SM that the registers are for: 64 of a thread, and 96. With both
+// Rows at a time, and the warps of an SM that the registers are for: 72 of a thread, and 96. With both
 // streams and both activations four rows are 48 of them in bf16, as two are in float.
 template <class T> constexpr int ROWS = std::is_same<T, bf16>::value ? 4 : 2;
-constexpr int FORWARD_WARPS = 32, BACKWARD_WARPS = 20;
+constexpr int FORWARD_WARPS = 28, BACKWARD_WARPS = 20;
 // Kernels are compiled for the widths of DiT-S, B, L and XL, whose rows lie at distances that the
 // instructions name, and for any other (0).
 constexpr int MOST = 2048;
@@ -131,7 +131,7 @@ template <int N> struct partial_sums {
 
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, threads_of(WIDTH)))
-    forward_kernel(arguments g, int64_t chunks, unsigned long long *fault)
+    forward_kernel(arguments g, unsigned chunks, unsigned long long *fault)
 {
     constexpr int R = ROWS<T>, OF_ROW = 32 / R; // lanes
     __shared__ partial_sums<2 * R> parts[2];    // of each row the sum, and the squares below
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, th
 // d.dgate, d.dshift, d.dscale: NULL where there is no such sum. slots: [3][chunks of all images][D].
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, threads_of(WIDTH)))
-    backward_kernel(arguments g, gradients d, int64_t chunks, float *__restrict__ slots,
+    backward_kernel(arguments g, gradients d, unsigned chunks, float *__restrict__ slots,
                     unsigned long long *fault)
 {
     constexpr int R = ROWS<T>, OF_SUM = 32 / (2 * R); // lanes
@@ -536,7 +536,8 @@ pm_status residual_layernorm_modulate_forward(pm_ctx *ctx, const arguments *g, v
                *g, pm_device().fault);
         return PM_OK;
     }
-    const int64_t chunks = pm_blocks(g->T, FORWARD_CHUNK), blocks = g->D ? g->B * chunks : 0;
+    const unsigned chunks = pm_blocks(g->T, FORWARD_CHUNK);
+    const int64_t blocks = g->D ? g->B * chunks : 0;
     return for_width(g->D, [&](auto width) -> pm_status {
         PM_RUN(ctx, (forward_kernel<T, decltype(width)::value>), (unsigned)blocks,
                threads_of((int)g->D), 0, *g, chunks, pm_device().fault);
@@ -557,7 +558,7 @@ pm_status residual_layernorm_modulate_backward(pm_ctx *ctx, const arguments *g,
     if (fits(g) && aligned({d.dxo, d.dy, d.dx, d.dbranch})) {
         PM_TRY(for_width(g->D, [&](auto width) -> pm_status {
             PM_RUN(ctx, (backward_kernel<T, decltype(width)::value>), (unsigned)blocks,
-                   threads_of((int)g->D), 0, *g, d, chunks, slots, pm_device().fault);
+                   threads_of((int)g->D), 0, *g, d, (unsigned)chunks, slots, pm_device().fault);
             return PM_OK;
         }));
     } else {

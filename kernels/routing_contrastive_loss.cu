@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(32 * WARPS)
     __shared__ four sums[WARPS][CLUSTERS][32];
     __shared__ int32_t found[WARPS][CLUSTERS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t tiles = (D + COLUMNS - 1) / COLUMNS, passes = (who.E + CLUSTERS - 1) / CLUSTERS;
+    const unsigned tiles = (unsigned)((D + COLUMNS - 1) / COLUMNS);
+    const unsigned passes = (unsigned)((who.E + CLUSTERS - 1) / CLUSTERS);
     const int64_t slot = blockIdx.x / (tiles * passes), tile = blockIdx.x % tiles;
     const int64_t d = tile * COLUMNS + 4 * lane;
     const int64_t i0 = blockIdx.x / tiles % passes * CLUSTERS;
