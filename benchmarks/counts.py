@@ -6,7 +6,8 @@ behind the products, and a floor must not be too high.
 
 from promoe.config import TIME_FEATURES
 
-ADAMW_BYTES = 4 * 10  # a parameter: p, m, v, EMA and the gradient (which is emptied), each read and written
+NORM_BYTES = 4  # a parameter: the gradient is read for its norm
+ADAMW_BYTES = 4 * 10  # p, m, v, EMA and the gradient (which is emptied), each read and written
 TWIN_BYTES = {"fp32": 2 * 4, "bf16": 2 * 2}  # its packed twins, for the forward and the backward product: written
 
 
@@ -75,8 +76,8 @@ def optimizer_bytes(parameters, compute=None):
 
 
 def floor(operations, fma, parameters=0, update=1.0, compute=None):
-    """Seconds that nothing can beat: operations / FMA peak + the optimizer's bytes / bandwidth of an update in place.
+    """Seconds that nothing can beat: operations / FMA peak + the optimizer's bytes / bandwidth of an update.
 
     With compute, so have the weights packed for the products. All other bytes can move while the products run.
     """
-    return operations / fma + parameters * (ADAMW_BYTES + TWIN_BYTES.get(compute, 0)) / update
+    return operations / fma + parameters * (NORM_BYTES + ADAMW_BYTES + TWIN_BYTES.get(compute, 0)) / update

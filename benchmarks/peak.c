@@ -8,8 +8,10 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <time.h>
-#if defined(DOT) || defined(TILES)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(DOT) || defined(TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,12 +31,16 @@ enum {
 }; /* two units, latency 4, and some to spare; with the operands it fits 16 registers */
 enum { PAGE = 1 << 21 };
 
-enum { FMA, READ, UPDATE };
+enum { FMA, READ, COPY, UPDATE };
+/* Arrays of an update in place: weights, gradients, two moments and an average are read and written; two
+ * packed twins are written past the caches (fp32: as many floats as weights). AHEAD: floats fetched ahead,
+ * as in csrc/cpu/adamw.c; a core of its own accord waits a little at every page. */
+enum { IN_PLACE = 5, STREAMED = 2, ARRAYS = IN_PLACE + STREAMED, AHEAD = 256 };
 
 typedef struct {
     int what;
-    int64_t count; /* FMA: rounds; else: floats */
-    float *memory;
+    int64_t count; /* FMA: rounds; else: floats of an array */
+    float *memory; /* ARRAYS of them */
     pthread_barrier_t *start;
     double wall, cpu, sum; /* seconds of this thread */
 } job;
@@ -146,11 +152,23 @@ static int ready(void) { return 1; }
 
 #endif
 
+/* A store past the caches, where the level has one. */
+static void stream(float *to, vf x)
+{
+#if WIDTH == 16 && defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)x);
+#elif WIDTH == 8 && defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)x);
+#else
+    *(vf *)to = x;
+#endif
+}
+
 static double read_memory(const float *memory, int64_t count)
 {
     const vf *v = (const vf *)memory;
     vf sum[8] = {0};
-    for (int64_t i = 0; i < count / WIDTH; i += 8) {
+    for (int64_t i = 0; i < ARRAYS * count / WIDTH; i += 8) {
 #pragma GCC unroll 8
         for (int k = 0; k < 8; k++)
             sum[k] += v[i + k];
@@ -162,12 +180,29 @@ static double read_memory(const float *memory, int64_t count)
     return total;
 }
 
+static double copy_memory(float *memory, int64_t count)
+{
+    float *const to = memory + ARRAYS / 2 * count;
+    for (int64_t i = 0; i < ARRAYS / 2 * count; i += WIDTH)
+        stream(to + i, *(const vf *)(memory + i));
+    return (double)to[0];
+}
+
 static double update_memory(float *memory, int64_t count)
 {
-    vf *v = (vf *)memory;
-    for (int64_t i = 0; i < count / WIDTH; i++)
-        v[i] = v[i] * 0.9999f + 1e-4f;
-    return first(v[0]);
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        vf x = {0};
+#pragma GCC unroll 5
+        for (int k = IN_PLACE - 1; k >= 0; k--) {
+            vf *const v = (vf *)(memory + k * count + i);
+            __builtin_prefetch((const float *)v + AHEAD, 1);
+            *v = x = *v * 0.9999f + 1e-4f;
+        }
+#pragma GCC unroll 2
+        for (int k = IN_PLACE; k < ARRAYS; k++)
+            stream(memory + k * count + i, x);
+    }
+    return (double)memory[0];
 }
 
 static void *run(void *arg)
@@ -179,6 +214,8 @@ static void *run(void *arg)
         j->sum = fma_rounds(j->count);
     else if (j->what == READ)
         j->sum = read_memory(j->memory, j->count);
+    else if (j->what == COPY)
+        j->sum = copy_memory(j->memory, j->count);
     else
         j->sum = update_memory(j->memory, j->count);
     j->wall = now(CLOCK_MONOTONIC) - wall;
@@ -196,7 +233,7 @@ static double measure(int what, int threads, int64_t count, float *memory, doubl
     if (!jobs || !ids || pthread_barrier_init(&start, NULL, (unsigned)threads))
         return free(jobs), free(ids), -1;
     for (int t = 0; t < threads; t++)
-        jobs[t] = (job){what, count, memory ? memory + t * count : NULL, &start, 0, 0, 0};
+        jobs[t] = (job){what, count, memory ? memory + t * ARRAYS * count : NULL, &start, 0, 0, 0};
     for (int t = 1; t < threads; t++)
         if (pthread_create(&ids[t], NULL, run, &jobs[t]))
             abort(); /* those that wait at the barrier would wait for ever */
@@ -225,31 +262,38 @@ double peak_fma(int threads, int64_t rounds, double *cpu)
 /* Operations of a round. */
 double peak_operations(void) { return OPERATIONS; }
 
-/* Memory for the two below: floats per thread, touched by the threads, on huge pages where there are
- * some. NULL: none. */
+/* Memory for the three below: ARRAYS of count floats per thread, count a multiple of 128, on huge pages where
+ * there are some, touched. NULL: none. */
 float *peak_memory(int threads, int64_t count)
 {
-    const size_t bytes = (size_t)threads * (size_t)count * sizeof(float);
+    const size_t floats = (size_t)threads * ARRAYS * (size_t)count, bytes = floats * sizeof(float);
     float *memory = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
     if (!memory)
         return NULL;
 #ifdef MADV_HUGEPAGE
     madvise(memory, bytes, MADV_HUGEPAGE);
 #endif
-    for (int64_t i = 0; i < threads * count; i++)
+    for (size_t i = 0; i < floats; i++)
         memory[i] = 1.0f + (float)(i % 7);
     return memory;
 }
 
 void peak_free(float *memory) { free(memory); }
 
-/* Bytes per second: read once; and read and written in place, counted twice.
- * count is a multiple of 128. */
+int peak_arrays(void) { return ARRAYS; }
+
+/* Bytes per second, each read and each write counted: all of it read once; copied, past the caches; and an
+ * update, as AdamW's. */
 double peak_read(int threads, int64_t count, float *memory, double *cpu)
 {
-    return measure(READ, threads, count, memory, 4.0 * (double)count, cpu);
+    return measure(READ, threads, count, memory, 4.0 * ARRAYS * (double)count, cpu);
+}
+double peak_copy(int threads, int64_t count, float *memory, double *cpu)
+{
+    return measure(COPY, threads, count, memory, 8.0 * (ARRAYS / 2) * (double)count, cpu);
 }
 double peak_update(int threads, int64_t count, float *memory, double *cpu)
 {
-    return measure(UPDATE, threads, count, memory, 8.0 * (double)count, cpu);
+    return measure(UPDATE, threads, count, memory, 4.0 * (2 * IN_PLACE + STREAMED) * (double)count,
+                   cpu);
 }

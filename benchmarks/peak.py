@@ -32,7 +32,8 @@ BF16_FLAGS = {  # beside those of fp32
     "amx": ["-DTILES", "-mamx-tile", "-mamx-bf16"],
     "avx512": ["-DDOT", "-mavx512bf16"],
 }
-FLOATS = 16 << 20  # per thread: 64 MiB, beyond the caches
+BEYOND = 2  # times the last-level cache: so much memory is swept, at most a quarter of what is free
+CACHE = 64 << 20  # bytes of a last-level cache that the system does not tell
 SECONDS = 0.03  # of one measurement of the FMA peak
 
 
@@ -59,10 +60,10 @@ def _library(level, compute="fp32"):
     library.peak_free.argtypes = [ctypes.c_void_p]
     seconds = ctypes.POINTER(ctypes.c_double)
     library.peak_operations.restype = ctypes.c_double
-    library.peak_fma.restype = library.peak_read.restype = library.peak_update.restype = ctypes.c_double
+    library.peak_fma.restype = ctypes.c_double
     library.peak_fma.argtypes = [ctypes.c_int, ctypes.c_int64, seconds]
-    library.peak_read.argtypes = library.peak_update.argtypes = [
-        ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, seconds]
+    for run in (library.peak_read, library.peak_copy, library.peak_update):
+        run.restype, run.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, seconds]
     return library
 
 
@@ -105,15 +106,37 @@ def fma(level, threads, compute="fp32", times=3):
     return _median(_library(level, compute).peak_fma, threads, _rounds(level, compute), times=times)
 
 
-def bandwidth(level, threads, times=5):
-    """Bytes per second, medians: {"read": once over memory, "update": read and written in place}."""
+def last_level_cache():
+    """Bytes of the largest cache of a CPU."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes), default=CACHE)
+
+
+def available():
+    """Bytes of memory that are free or soon could be."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def floats(arrays):
+    """Of each array, so that they are beyond the caches together; a multiple of a huge page's."""
+    swept = min(BEYOND * last_level_cache(), available() // 4)
+    page = 1 << 19
+    return max(1, swept // (4 * arrays * page)) * page
+
+
+def bandwidth(level, threads, times=5, kinds=("read", "copy", "update")):
+    """Bytes per second, each read and each write counted, medians: {"read": once over memory, "copy": from one half to
+    the other, "update": as AdamW's with twins, five arrays read and written and two streamed}."""
     library = _library(level)
-    memory = library.peak_memory(threads, FLOATS)
+    count = floats(threads * library.peak_arrays())
+    memory = library.peak_memory(threads, count)
     if not memory:
         raise MemoryError("peak: no memory to measure the bandwidth")
     try:
-        measures = {"read": library.peak_read, "update": library.peak_update}
-        return {name: _median(run, threads, FLOATS, memory, times=times) for name, run in measures.items()}
+        return {kind: _median(getattr(library, f"peak_{kind}"), threads, count, memory, times=times) for kind in kinds}
     finally:
         library.peak_free(memory)
 
@@ -132,7 +155,7 @@ def main():
         speeds["bf16"] = fma(a.level, a.threads, "bf16", times=9)
     speeds |= bandwidth(a.level, a.threads)
     for name, rate in speeds.items():
-        unit = "GB/s" if name in ("read", "update") else "GFLOP/s"
+        unit = "GB/s" if name in ("read", "copy", "update") else "GFLOP/s"
         print(f"{a.level}, {a.threads} threads: {name:<6} {rate.wall / 1e9:7.1f} {unit}  "
               f"(by CPU time {rate.cpu / 1e9:.1f})")
 

@@ -70,7 +70,7 @@ def peaks(level, threads, kinds):
     """{compute or "update": Rate} of the machine now."""
     found = {kind: peak.fma(level, threads, kind) for kind in kinds if kind != "update"}
     if "update" in kinds:
-        found["update"] = peak.bandwidth(level, threads, 3)["update"]
+        found["update"] = peak.bandwidth(level, threads, 3, ("update",))["update"]
     return found
 
 

@@ -67,9 +67,9 @@ def test_operations_by_the_kind_of_product():
 
 def test_floor():
     assert counts.floor(100, fma=50) == 2
-    assert counts.floor(100, fma=50, parameters=10, update=400) == 3
-    assert counts.floor(100, fma=50, parameters=10, update=440, compute="bf16") == 3
-    assert counts.optimizer_bytes(10, "fp32") == 480
+    assert counts.floor(100, fma=50, parameters=10, update=440) == 3
+    assert counts.floor(100, fma=50, parameters=10, update=480, compute="bf16") == 3
+    assert counts.optimizer_bytes(10, "fp32") == 520
 
 
 # ---------------------------------------------------------------- how they time
@@ -79,6 +79,16 @@ def test_the_peak_is_measured():
     level, threads = peak.here()
     rate = peak.fma(level, threads, times=1)
     assert 1e9 < rate.wall < 1e14 and 1e9 < rate.cpu < 1e14
+
+
+def test_the_bandwidth_is_measured_beyond_the_caches(monkeypatch):
+    monkeypatch.setattr(peak, "available", lambda: 1 << 40)
+    assert 4 * 14 * peak.floats(14) > 1.5 * peak.last_level_cache() >= 1.5 * (32 << 10)
+    monkeypatch.setattr(peak, "last_level_cache", lambda: 1 << 30)
+    monkeypatch.setattr(peak, "available", lambda: 128 << 20)  # what is free bounds it
+    assert peak.floats(7) == 1 << 20
+    rates = peak.bandwidth(*peak.here(), times=1)
+    assert list(rates) == ["read", "copy", "update"] and all(1e8 < rate.wall < 1e13 for rate in rates.values())
 
 
 def changing(monkeypatch, speeds):

@@ -15,7 +15,7 @@ PLACES = {
     "csrc/cpu/{}.c": {"backend", "guard"},
     "kernels/{}.cu": {"backend", "dense", "experts_loop"},
     "tests/oracle/{}.py": {"__init__", "numeric", "draws"},
-    "tests/ops/test_{}.py": {"compute"},
+    "tests/ops/test_{}.py": {"compute", "twins"},
 }
 C_FILES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".c", ".h", ".def"))
 PY_FILES = sorted(p for folder in ("promoe", "tests") for p in (ROOT / folder).rglob("*.py"))

@@ -1,10 +1,13 @@
 /* threads.c: the pool.
  *
- * A call opens a job: its description, a counter of tasks, and the `gate`. A worker that sees a new
- * `epoch` enters through the gate if it is still open, takes tasks from the counter until there are
+ * A call opens a job: its description, a counter of tasks for each thread, and the `gate`. A worker
+ * that sees a new `epoch` enters through the gate if it is still open, takes tasks until there are
  * none, and leaves. The caller takes tasks too; when none are left it closes the gate and waits for
  * those inside, and only for those: a worker that sleeps, or that the system does not run just now,
  * is never waited for. So a small job costs what the caller alone needs, at worst.
+ *
+ * A thread begins with a run of tasks of its own, the same part of every job, so that it finds in its
+ * cache what it wrote in the job before; then it helps the others, from where they are.
  *
  * Workers watch `epoch` for a moment after a job (in a step the next one is near, and what happens
  * between two calls from Python is mostly shorter too), then sleep. With more threads than CPUs
@@ -34,6 +37,12 @@ typedef struct {
     int worker;
 } crew;
 
+/* The tasks that a thread begins with: all threads may write `taken`, its owner mostly does. */
+typedef struct {
+    _Alignas(64) _Atomic int64_t taken; /* the next one */
+    int64_t end;
+} run;
+
 struct pm_pool {
     pthread_mutex_t entry; /* one job at a time */
     pm_pool *next;         /* in the list of all pools */
@@ -44,10 +53,8 @@ struct pm_pool {
 
     pm_task fn; /* the job: written before the gate opens, read inside it */
     void *arg;
-    int64_t tasks;
+    run *runs; /* threads */
 
-    /* Each on its own cache line: all threads write `taken` all the time, the others rarely. */
-    _Alignas(64) _Atomic int64_t taken;
     _Alignas(64) _Atomic uint32_t gate;
     _Alignas(64) _Atomic uint32_t epoch; /* a new value: a new job, or the end */
     _Atomic uint32_t sleepers;
@@ -58,12 +65,24 @@ struct pm_pool {
 
 static void run_tasks(pm_pool *pool, int worker)
 {
-    const int64_t tasks = pool->tasks;
-    for (;;) {
-        const int64_t task = atomic_fetch_add_explicit(&pool->taken, 1, memory_order_relaxed);
-        if (task >= tasks)
-            return;
-        pool->fn(pool->arg, task, worker);
+    for (int i = 0; i < pool->threads; i++) {
+        run *const run = &pool->runs[(worker + i) % pool->threads];
+        while (atomic_load_explicit(&run->taken, memory_order_relaxed) < run->end) {
+            const int64_t task = atomic_fetch_add_explicit(&run->taken, 1, memory_order_relaxed);
+            if (task >= run->end)
+                break;
+            pool->fn(pool->arg, task, worker);
+        }
+    }
+}
+
+/* As many to each; the first threads have one more where it does not come out even. */
+static void deal_tasks(pm_pool *pool, int64_t tasks)
+{
+    const int64_t each = tasks / pool->threads, more = tasks % pool->threads;
+    for (int64_t t = 0, first = 0; t < pool->threads; t++) {
+        atomic_store_explicit(&pool->runs[t].taken, first, memory_order_relaxed);
+        pool->runs[t].end = first += each + (t < more);
     }
 }
 
@@ -189,6 +208,7 @@ static void dissolve(pm_pool *pool)
         pthread_join(pool->crew[i].thread, NULL);
     pthread_mutex_destroy(&pool->entry);
     pm_os_free(pool->crew, (size_t)pool->threads * sizeof *pool->crew);
+    pm_os_free(pool->runs, (size_t)pool->threads * sizeof *pool->runs);
     pm_os_free(pool, sizeof *pool);
 }
 
@@ -232,7 +252,8 @@ pm_pool *pm_pool_create(int threads)
     pool->spin = threads <= pm_os_cpus() ? SPIN_SECONDS : 0;
     pthread_mutex_init(&pool->entry, NULL);
     pool->crew = pm_os_alloc((size_t)threads * sizeof *pool->crew);
-    if (!pool->crew || !start(pool)) {
+    pool->runs = pm_os_alloc((size_t)threads * sizeof *pool->runs);
+    if (!pool->crew || !pool->runs || !start(pool)) {
         dissolve(pool);
         return NULL;
     }
@@ -273,8 +294,7 @@ void pm_parallel(pm_pool *pool, int64_t tasks, pm_task fn, void *arg)
             start(pool); /* after a fork; with fewer threads than asked: slower, not different */
         pool->fn = fn;
         pool->arg = arg;
-        pool->tasks = tasks;
-        atomic_store_explicit(&pool->taken, 0, memory_order_relaxed);
+        deal_tasks(pool, tasks);
         atomic_store_explicit(&pool->gate, GATE_OPEN, memory_order_release);
         announce(pool);
         run_tasks(pool, 0);

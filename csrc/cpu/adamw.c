@@ -1,9 +1,10 @@
 /* adamw: contract in ops/adamw.h. Bound by memory: every array is read once and written once. */
 
 enum { ADAMW_BLOCK = 16384 };
-/* Floats of each array that are fetched ahead, a page of 4 KB: 6 % faster than the hardware's own
- * fetching, which begins anew at every page. Farther is slower. */
-enum { ADAMW_AHEAD = 1024 };
+/* Panels of a matrix in a task: its first and its last strip of rows overlap with nothing. */
+enum { ADAMW_PANELS = 8 };
+/* Floats of each array that are fetched ahead, into L1: 1 KB. 5 % faster than 4 KB into L2. */
+enum { ADAMW_AHEAD = 256 };
 
 /* What is the same for all elements, worked out in double. */
 typedef struct {
@@ -55,12 +56,12 @@ static void adamw_range(const adamw_job *job, int64_t begin, int64_t end)
     }
     for (; i + PM_WIDTH <= end; i += PM_WIDTH) {
         const int64_t ahead = i + ADAMW_AHEAD;
-        __builtin_prefetch(a->param + ahead, 1, 2);
-        __builtin_prefetch(a->grad + ahead, 1, 2);
-        __builtin_prefetch(a->m + ahead, 1, 2);
-        __builtin_prefetch(a->v + ahead, 1, 2);
+        __builtin_prefetch(a->param + ahead, 1, 3);
+        __builtin_prefetch(a->grad + ahead, 1, 3);
+        __builtin_prefetch(a->m + ahead, 1, 3);
+        __builtin_prefetch(a->v + ahead, 1, 3);
         if (a->avg)
-            __builtin_prefetch(a->avg + ahead, 1, 2);
+            __builtin_prefetch(a->avg + ahead, 1, 3);
         vf m = v_load(a->m + i), v = v_load(a->v + i);
         const vf p = adamw_move(job, v_load(a->param + i), v_load(a->grad + i), &m, &v);
         v_store(a->param + i, p);
@@ -83,20 +84,28 @@ static void adamw_range(const adamw_job *job, int64_t begin, int64_t end)
     }
 }
 
-/* Rows f.. of a matrix, a panel of them, and their twins: a strip goes back to the twins while it is
- * in the cache. */
-static void adamw_panel(const adamw_job *job, const pm_twin *matrix, int64_t f)
+/* Rows f0..f1-1 of a matrix, whole panels of them, and their twins. A strip of rows is moved a piece at a
+ * time, and after each piece, columns of the strip before it go to the twins, out of the cache: so memory is
+ * read all the time, also while twins are streamed to it. */
+static void adamw_rows(const adamw_job *job, const pm_twin *matrix, int64_t f0, int64_t f1)
 {
     const int64_t D = matrix->D;
-    float *const w = job->g->param + matrix->at;
+    const float *const w = job->g->param + matrix->at;
     const twin t =
         twin_at(job->kind, matrix->F, D, (char *)job->g->twins.derived + matrix->derived);
-    for (const int64_t end = f + PM_NR; f < end; f += TWIN_ROWS) {
-        if (f < matrix->F)
-            adamw_range(job, matrix->at + f * D, matrix->at + pm_min(matrix->F, f + TWIN_ROWS) * D);
-        if (!job->skip)
-            twin_strip(&t, f, w + f * D);
+    for (int64_t f = f0; f < f1 + TWIN_ROWS; f += TWIN_ROWS) {
+        const int64_t before = f - TWIN_ROWS;
+        const int64_t end = pm_min(f1, pm_min(matrix->F, f + TWIN_ROWS)) * D;
+        for (int64_t c = 0; c < twin_width(D); c += TWIN_COLUMNS) {
+            const int64_t at = f * D + c * TWIN_ROWS;
+            if (at < end)
+                adamw_range(job, matrix->at + at,
+                            matrix->at + pm_min(end, at + TWIN_COLUMNS * TWIN_ROWS));
+            if (before >= f0 && !job->skip)
+                twin_columns(&t, before, w + before * D, c);
+        }
     }
+    v_stream_end();
 }
 
 /* Piece i of the slab: what lies between matrix i - 1 and matrix i, in blocks, and then matrix i, in
@@ -124,7 +133,7 @@ static void adamw_cut(const pm_adamw_args *g, int64_t *first)
         const adamw_piece piece = adamw_piece_at(g, i);
         first[i + 1] = first[i] + piece.blocks;
         if (piece.matrix)
-            first[i + 1] += product_panels(piece.matrix->F);
+            first[i + 1] += pm_blocks(product_panels(piece.matrix->F), ADAMW_PANELS);
     }
 }
 
@@ -146,7 +155,9 @@ static void adamw_task(void *arg, int64_t task, int worker)
         const int64_t begin = piece.begin + task * ADAMW_BLOCK;
         adamw_range(job, begin, pm_min(piece.end, begin + ADAMW_BLOCK));
     } else {
-        adamw_panel(job, piece.matrix, (task - piece.blocks) * PM_NR);
+        const int64_t f = (task - piece.blocks) * ADAMW_PANELS * PM_NR;
+        adamw_rows(job, piece.matrix, f,
+                   pm_min(twin_width(piece.matrix->F), f + ADAMW_PANELS * PM_NR));
     }
 }
 

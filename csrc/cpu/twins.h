@@ -1,19 +1,24 @@
 /* twins.h: writing the derived twin of a weight (F, D), as product.h lays it out: the panels for
  * y = x W^T, then those for dx = dy W. Zeros stand behind a contraction to the end of its words.
  *
- * It is written a strip of rows at a time, from rows that the caller has just read or made, so that
- * they come out of the cache. Nobody reads panels soon: they are streamed past it, whole lines of 64
- * bytes at a time, which saves reading what is overwritten. */
+ * It is written a strip of rows at a time, and of that a few columns, from rows that the caller has just
+ * read or made, so that they come out of the cache. Nobody reads panels soon: they are streamed past it,
+ * whole lines of 64 bytes at a time, which saves reading what is overwritten. */
 
 /* Rows of a strip: a line of a forward panel (half of one at 16 floats of width, all of it else). */
 #define TWIN_ROWS (PM_NR < 16 ? PM_NR : 16)
 #define TWIN_VECTORS (TWIN_ROWS / PM_WIDTH)
+/* Columns that go to the twins at a time: a line of a row of a backward panel, or whole ones. */
+#define TWIN_COLUMNS 16
 
 typedef struct {
     product_kind kind;
     int64_t F, D;
     product_word *forward, *backward;
 } twin;
+
+/* The columns of D with the zeros that fill the last panel. */
+static inline int64_t twin_width(int64_t D) { return product_panels(D) * PM_NR; }
 
 static inline twin twin_at(product_kind kind, int64_t F, int64_t D, void *derived)
 {
@@ -47,72 +52,62 @@ static inline __attribute__((always_inline)) void twin_square(product_kind kind,
                          v_pairs(product_native(kind), t[h][j], t[h][j + 1]));
 }
 
-static inline __attribute__((always_inline)) void twin_forward(product_kind kind, int64_t n,
-                                                               int64_t D, const float *w,
-                                                               product_word *to)
+/* Columns c.. of the n rows of the strip at row f, TWIN_COLUMNS of them: to the rows of one forward panel,
+ * and to the strip's rows of a backward panel. */
+static inline __attribute__((always_inline)) void twin_columns_of(product_kind kind, const twin *t,
+                                                                  int64_t f, int64_t n,
+                                                                  const float *w, int64_t c)
 {
-    const int64_t per = product_per_word(kind), rows = product_words(kind, D) * per;
-    int64_t i = 0;
-    if (n >= TWIN_ROWS)
-        for (; i + PM_WIDTH <= D; i += PM_WIDTH)
+    const int64_t D = t->D, per = product_per_word(kind), end = c + TWIN_COLUMNS;
+
+    const int64_t rows = product_words(kind, D) * per, panel = f / PM_NR * PM_NR;
+    product_word *to = t->forward + panel * product_words(kind, D) + f - panel;
+    for (int64_t i = c; i < pm_min(end, rows); i += PM_WIDTH)
+        if (n >= TWIN_ROWS && i + PM_WIDTH <= D)
             twin_square(kind, true, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
-    for (; i < rows; i += PM_WIDTH)
-        twin_square(kind, false, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
+        else
+            twin_square(kind, false, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
+
+    const int64_t words = product_words(kind, t->F), deep = pm_min(TWIN_ROWS, words * per - f);
+    for (int64_t j = c; j < pm_min(end, twin_width(D)); j += PM_WIDTH) {
+        to = t->backward + j / PM_NR * PM_NR * words + f / per * PM_NR + j % PM_NR;
+        const int64_t left = D - j;
+        for (int64_t i = 0; i < deep; i += per, to += PM_NR) {
+            const float *from = w + i * D + j;
+            vf x = left > 0 && i < n ? v_get(from, left) : v_zero();
+            if (per == 2)
+                x = v_pairs(product_native(kind), x,
+                            left > 0 && i + 1 < n ? v_get(from + D, left) : v_zero());
+            v_stream(to, x);
+        }
+    }
 }
 
-/* The n rows of the strip at row f to the same rows of each panel, and zeros behind the last one. */
-static inline __attribute__((always_inline)) void twin_backward(product_kind kind, int64_t f,
-                                                                int64_t n, int64_t F, int64_t D,
-                                                                const float *w, product_word *to)
+/* Columns c.. of the strip at row f: multiples of TWIN_COLUMNS, below twin_width, and TWIN_ROWS, below
+ * the rows of all panels. w has the strip's rows, as many of TWIN_ROWS as there are; none is a strip of
+ * padding. v_stream_end ends it. */
+static void twin_columns(const twin *t, int64_t f, const float *w, int64_t c)
 {
-    const int64_t words = product_words(kind, F), per = product_per_word(kind);
-    const int64_t rows = pm_min(TWIN_ROWS, words * per - f);
-    to += f / per * PM_NR;
-    for (int64_t p = 0; p < D; p += PM_NR)
-        for (int64_t i = 0; i < rows; i += per)
-            for (int64_t j = 0; j < PM_NR; j += PM_WIDTH) {
-                const int64_t left = D - p - j;
-                const float *from = w + i * D + p + j;
-                vf x = left > 0 && i < n ? v_get(from, left) : v_zero();
-                if (per == 2)
-                    x = v_pairs(product_native(kind), x,
-                                left > 0 && i + 1 < n ? v_get(from + D, left) : v_zero());
-                v_stream(to + p * words + i / per * PM_NR + j, x);
-            }
-}
-
-static inline __attribute__((always_inline)) void twin_strip_of(product_kind kind, const twin *t,
-                                                                int64_t f, const float *w)
-{
-    const int64_t n = pm_max(0, pm_min(TWIN_ROWS, t->F - f)), panel = f / PM_NR * PM_NR;
-    twin_forward(kind, n, t->D, w, t->forward + panel * product_words(kind, t->D) + f - panel);
-    twin_backward(kind, f, n, t->F, t->D, w, t->backward);
-}
-
-/* The strip at row f, a multiple of TWIN_ROWS, of both twins: w has its rows, as many of TWIN_ROWS
- * as there are; none is a strip of padding. Ends with v_stream_end. */
-static void twin_strip(const twin *t, int64_t f, const float *w)
-{
+    const int64_t n = pm_max(0, pm_min(TWIN_ROWS, t->F - f));
     switch (t->kind) {
     case PM_FP32:
-        twin_strip_of(PM_FP32, t, f, w);
+        twin_columns_of(PM_FP32, t, f, n, w, c);
         break;
     case PM_BF16:
-        twin_strip_of(PM_BF16, t, f, w);
+        twin_columns_of(PM_BF16, t, f, n, w, c);
         break;
     case PM_BF16_EMULATED:
-        twin_strip_of(PM_BF16_EMULATED, t, f, w);
+        twin_columns_of(PM_BF16_EMULATED, t, f, n, w, c);
         break;
 #if PM_HAS_AMX
     case PRODUCT_AMX:
-        twin_strip_of(PRODUCT_AMX, t, f, w);
+        twin_columns_of(PRODUCT_AMX, t, f, n, w, c);
         break;
     case PRODUCT_AMX_EMULATED:
-        twin_strip_of(PRODUCT_AMX_EMULATED, t, f, w);
+        twin_columns_of(PRODUCT_AMX_EMULATED, t, f, n, w, c);
         break;
 #endif
     }
-    v_stream_end();
 }
 
 /* ---------------------------------------------------------------- a whole weight */
@@ -126,8 +121,11 @@ static void twin_task(void *arg, int64_t task, int worker)
 {
     (void)worker;
     const twin_job *const job = arg;
+    const int64_t D = job->twin.D;
     for (int64_t f = task * PM_NR; f < (task + 1) * PM_NR; f += TWIN_ROWS)
-        twin_strip(&job->twin, f, job->w + f * job->twin.D);
+        for (int64_t c = 0; c < twin_width(D); c += TWIN_COLUMNS)
+            twin_columns(&job->twin, f, job->w + f * D, c);
+    v_stream_end();
 }
 
 static pm_status twin_derive(pm_ctx *ctx, int64_t F, int64_t D, const float *w, void *derived)
