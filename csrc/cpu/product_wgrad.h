@@ -188,36 +188,44 @@ static product_wgrad_share product_wgrad_share_of(const product_wgrad_grid *g, i
     };
 }
 
-/* What a tile fetches into L2 meanwhile, a step for each word. */
+/* What a tile fetches into L2 meanwhile, from two places: so many bytes of each per word. (It goes by
+ * pointer: a copy would be loaded as vectors from the numbers just stored, and such a load waits until
+ * every store before it, those of the last tile, has reached the cache.) */
 typedef struct {
     const char *left, *right;
     int64_t left_step, right_step;
 } product_fetch;
 
 /* c[i][0..PM_NR) += sum over w < n of left[w][i] * right[w][0..PM_NR), i < m <= PM_MR; left is within
- * a panel. next is where the next tile goes to. */
+ * a panel. next is where the next tile goes to. Every second word fetches: it is rarely
+ * more than half a line a word, and a fetch takes the slot of a load. */
 /* clang-format takes the macros of this body for types. */
 /* clang-format off */
 #define PRODUCT_WGRAD_TILE(kind, m)                                                                \
     static void product_wgrad_##kind##_##m(int64_t n, const product_word *left,                    \
                                            const product_word *right, float *c, int64_t ldc,       \
-                                           const float *next, product_fetch fetch)                 \
+                                           const float *next, const product_fetch *fetch)          \
     {                                                                                              \
         vf t[m][2];                                                                                \
+        const char *left_ahead = fetch->left, *right_ahead = fetch->right;                         \
+        const int64_t left_step = 2 * fetch->left_step, right_step = 2 * fetch->right_step;        \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \
             t[i][0] = t[i][1] = v_zero();                                                          \
             __builtin_prefetch(next + i * ldc, 1);                                                 \
             __builtin_prefetch(next + i * ldc + PM_NR - 1, 1);                                     \
         }                                                                                          \
-        for (int64_t w = 0; w < n; w++, left += PM_NR, right += PM_NR) {                           \
+        _Pragma("GCC unroll 2") for (int64_t w = 0; w < n; w++, left += PM_NR, right += PM_NR)     \
+        {                                                                                          \
             vf b0 = v_load(right), b1 = v_load(right + PM_WIDTH);                                  \
-            __builtin_prefetch(fetch.left, 0, 2);                                                  \
-            __builtin_prefetch(fetch.right, 0, 2);                                                 \
-            fetch.left += fetch.left_step;                                                         \
-            fetch.right += fetch.right_step;                                                       \
+            if (w % 2 == 0) {                                                                      \
+                __builtin_prefetch(left_ahead, 0, 2);                                              \
+                __builtin_prefetch(right_ahead, 0, 2);                                             \
+                left_ahead += left_step;                                                           \
+                right_ahead += right_step;                                                         \
+            }                                                                                      \
             _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                   \
-                PRODUCT_ROW(kind, t[i], left + i, b0, b1);                                         \
+                PRODUCT_ROW_##kind(i, t[i], left + i, b0, b1);                                     \
         }                                                                                          \
         _Pragma("GCC unroll 16") for (int i = 0; i < m; i++)                                       \
         {                                                                                          \
@@ -237,7 +245,8 @@ PRODUCT_HEIGHTS(PRODUCT_WGRAD_bf16, )
 #endif
 
 typedef void (*product_wgrad_fn)(int64_t n, const product_word *left, const product_word *right,
-                                 float *c, int64_t ldc, const float *next, product_fetch fetch);
+                                 float *c, int64_t ldc, const float *next,
+                                 const product_fetch *fetch);
 static const product_wgrad_fn product_wgrad_tile[PM_COMPUTES][PM_MR + 1] = PRODUCT_TABLE(wgrad);
 
 #define PRODUCT_PARTS ((PM_NR + PM_MR - 1) / PM_MR) /* tiles of a panel of the left side */
@@ -307,13 +316,13 @@ static void product_wgrad(product_kind kind, const product_side *left, const pro
                         const bool last = s + 1 == highs && q + 1 == parts;
                         const float *next = last ? dw + share.f0 * ldw + d + PM_NR : c + m * ldw;
                         const unsigned mode = product_begin(kind);
-                        product_wgrad_tile[kind][m](n, slice + i0, panel, c, ldw, next, fetch);
+                        product_wgrad_tile[kind][m](n, slice + i0, panel, c, ldw, next, &fetch);
                         product_end(kind, mode);
                         continue;
                     }
                     memset(edge, 0, sizeof edge);
                     const unsigned mode = product_begin(kind);
-                    product_wgrad_tile[kind][m](n, slice + i0, panel, edge, PM_NR, edge, fetch);
+                    product_wgrad_tile[kind][m](n, slice + i0, panel, edge, PM_NR, edge, &fetch);
                     product_end(kind, mode);
                     for (int64_t i = 0; i < m; i++)
                         for (int64_t j = 0; j < share.d1 - d; j++)
