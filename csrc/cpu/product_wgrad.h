@@ -290,43 +290,39 @@ static void product_wgrad(product_kind kind, const product_side *left, const pro
                                                            : r0 + later * PM_NR;
             const int64_t d = share.d0 + p * PM_NR;
             const bool fresh = chunk == 0 && p == 0; /* nobody has fetched the left side */
-            const int64_t shares = PRODUCT_PARTS * pm_max(1, wides - (chunk == 0));
+            const int64_t tiles = PRODUCT_PARTS * (fresh ? 1 : pm_max(1, wides - (chunk == 0)));
+            product_fetch fetch = {.right = (const char *)next_panel,
+                                   .right_step = pm_blocks(line, PRODUCT_PARTS * pm_max(1, highs)),
+                                   .left_step = pm_blocks(line, tiles)};
             for (int64_t s = 0; s < highs; s++) {
                 const product_word *slice = l0 + s * left_panel + w0 * PM_NR;
                 const int64_t f = share.f0 + s * PM_NR, high = pm_min(PM_NR, share.f1 - f);
-                const int64_t parts = product_slices(high);
-                for (int64_t q = 0; q < parts; q++) {
-                    const int64_t i0 = product_cut(high, parts, q),
-                                  m = product_cut(high, parts, q + 1) - i0;
-                    product_fetch fetch;
-                    fetch.right_step = pm_blocks(line, highs * PRODUCT_PARTS);
-                    fetch.right = (const char *)next_panel +
-                                  (s * PRODUCT_PARTS + q) * fetch.right_step * n;
-                    if (fresh) { /* the next panel */
-                        fetch.left_step = pm_blocks(line, PRODUCT_PARTS);
-                        fetch.left = (const char *)(s + 1 < highs ? slice + left_panel : slice) +
-                                     q * fetch.left_step * n;
-                    } else { /* the next chunk of this one */
-                        fetch.left_step = pm_blocks(line, shares);
-                        fetch.left = (const char *)(slice + (later - w0) * PM_NR) +
-                                     ((p - (chunk == 0)) * PRODUCT_PARTS + q) * fetch.left_step * n;
-                    }
+                if (fresh) /* the next panel */
+                    fetch.left = (const char *)(s + 1 < highs ? slice + left_panel : slice);
+                else /* a part of the next chunk of this one */
+                    fetch.left = (const char *)(slice + (later - w0) * PM_NR) +
+                                 (p - (chunk == 0)) * PRODUCT_PARTS * fetch.left_step * n;
+                int64_t parts = product_slices(high);
+                for (int64_t i0 = 0, m; i0 < high; i0 += m, parts--) {
+                    m = pm_blocks(high - i0, parts);
                     float *c = dw + (f + i0) * ldw + d;
+                    const unsigned mode = product_begin(kind);
                     if (share.d1 - d >= PM_NR) {
-                        const bool last = s + 1 == highs && q + 1 == parts;
+                        const bool last = s + 1 == highs && parts == 1;
                         const float *next = last ? dw + share.f0 * ldw + d + PM_NR : c + m * ldw;
-                        const unsigned mode = product_begin(kind);
                         product_wgrad_tile[kind][m](n, slice + i0, panel, c, ldw, next, &fetch);
                         product_end(kind, mode);
-                        continue;
+                    } else {
+                        memset(edge, 0, sizeof edge);
+                        product_wgrad_tile[kind][m](n, slice + i0, panel, edge, PM_NR, edge,
+                                                    &fetch);
+                        product_end(kind, mode);
+                        for (int64_t i = 0; i < m; i++)
+                            for (int64_t j = 0; j < share.d1 - d; j++)
+                                c[i * ldw + j] += edge[i * PM_NR + j];
                     }
-                    memset(edge, 0, sizeof edge);
-                    const unsigned mode = product_begin(kind);
-                    product_wgrad_tile[kind][m](n, slice + i0, panel, edge, PM_NR, edge, &fetch);
-                    product_end(kind, mode);
-                    for (int64_t i = 0; i < m; i++)
-                        for (int64_t j = 0; j < share.d1 - d; j++)
-                            c[i * ldw + j] += edge[i * PM_NR + j];
+                    fetch.left += fetch.left_step * n;
+                    fetch.right += fetch.right_step * n;
                 }
             }
         }
