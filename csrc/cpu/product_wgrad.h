@@ -5,6 +5,19 @@
  * them; the tasks of the gradient then read only what they multiply, in the order in which it lies
  * in memory. Rows are put in pairs, whatever the kind, and a row of zeros stands behind an odd one.
  *
+ * Where the time of a backward pass goes (AVX-512, 2048 rows, widths 384 and 768 or 1152, both threads; %):
+ *
+ *                             experts, fp32  linear, fp32  experts, bf16  linear, bf16
+ *   products of dx: tiles             41            44             26            24
+ *   their ends (dGELU, sides)          5             1             22             2
+ *   packing, rounding, gather          3             6              9            22
+ *   weight gradients: tiles           44            46             34            43
+ *   between these tiles                4             3              4             4
+ *
+ * In fp32 the tiles run at 90 to 100 % of the multiply-adds' peak and that is nearly all there is. In bf16
+ * they would take a quarter of their time if memory kept up: a routed expert adds 150 rows to a gradient
+ * of 1.2 MB that is in no cache, 8 KB read and written for 8 KB x 5 of operands.
+ *
  * AMX multiplies 32 rows at a time, so zeros stand up to a multiple of 32; and its left tiles are
  * transposed: of a left side (dy), 16 columns of 32 rows are 16 rows of 16 words. */
 
