@@ -45,10 +45,13 @@ typedef struct {
     int64_t row_bytes, step;
 } product_amx_left;
 
-/* What is fetched into L2 meanwhile, from two places: so many lines of each per block of depth. */
+/* What is fetched meanwhile: into L2, from two places, so many lines of each per block of depth; and for
+ * writing, so many rows of the sums that come next. */
 typedef struct {
     const char *at[2];
     int64_t lines;
+    const float *sums;
+    int64_t ld, rows;
 } product_amx_fetch;
 static inline void product_amx_ahead(const char *at[2], int64_t lines)
 {
@@ -57,13 +60,21 @@ static inline void product_amx_ahead(const char *at[2], int64_t lines)
         __builtin_prefetch(at[1], 0, 2);
     }
 }
-/* The words of a panel (blocks * 32 lines), a part of them: the i'th of so many. */
-static inline product_amx_fetch product_amx_part(const product_word *panel, int64_t blocks,
-                                                 int64_t i, int64_t parts)
+static inline const float *product_amx_sums_ahead(const float *sums, int64_t ld, int64_t rows)
 {
-    const int64_t lines = pm_blocks(PRODUCT_AMX_ROWS, pm_max(1, parts));
-    const char *const at = (const char *)panel + 2 * i * lines * blocks * 64;
-    return (product_amx_fetch){{at, at + lines * blocks * 64}, lines};
+    for (int64_t i = 0; i < rows; i++, sums += ld) {
+        __builtin_prefetch(sums, 1);
+        __builtin_prefetch(sums + PRODUCT_AMX_ROWS, 1);
+    }
+    return sums;
+}
+/* Sets it to the words of a panel (blocks * 32 lines), a part of them: the i'th of so many. */
+static inline void product_amx_part(product_amx_fetch *fetch, const product_word *panel,
+                                    int64_t blocks, int64_t i, int64_t parts)
+{
+    fetch->lines = pm_blocks(PRODUCT_AMX_ROWS, pm_max(1, parts));
+    fetch->at[0] = (const char *)panel + 2 * i * fetch->lines * blocks * 64;
+    fetch->at[1] = fetch->at[0] + fetch->lines * blocks * 64;
 }
 
 /* (Both go by pointer: a copy of them would be loaded as vectors from the scalars just stored, and such
@@ -85,7 +96,8 @@ static void product_amx_native(int64_t blocks, const product_amx_left *left,
     const product_word *a0 = left->half[0], *a1 = left->half[1];
     const int64_t left_row = left->row_bytes, step = left->step;
     const char *ahead[2] = {fetch->at[0], fetch->at[1]};
-    const int64_t lines = fetch->lines;
+    const float *sums = fetch->sums;
+    const int64_t lines = fetch->lines, ld = fetch->ld, rows = fetch->rows;
     float *const lower = c + PRODUCT_AMX_ROWS * ldc;
     PRODUCT_AMX_MEMORY;
     if (add) {
@@ -103,6 +115,7 @@ static void product_amx_native(int64_t blocks, const product_amx_left *left,
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             product_amx_ahead(ahead, lines);
+            sums = product_amx_sums_ahead(sums, ld, rows);
         }
         _tile_stored(0, c, row);
         _tile_stored(1, c + PRODUCT_AMX_ROWS, row);
@@ -125,6 +138,7 @@ static void product_amx_native(int64_t blocks, const product_amx_left *left,
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
         product_amx_ahead(ahead, lines);
+        sums = product_amx_sums_ahead(sums, ld, rows);
         a0 += step;
         a1 += step;
     }
@@ -193,6 +207,7 @@ static inline void product_amx_block(product_kind kind, int64_t m, const product
     const int64_t words = product_words(kind, k), blocks = words / PRODUCT_AMX_ROWS;
     const int64_t ld = m > 1 ? a[1] - a[0] : 0;
     const int64_t slices = pm_blocks(m, PRODUCT_AMX_SIDE);
+    product_amx_fetch fetch = {0};
     product_amx_begin(kind);
     for (int64_t p = p0; p < p1; p++) {
         const product_word *panel = panels + p * PM_NR * words;
@@ -205,7 +220,7 @@ static inline void product_amx_block(product_kind kind, int64_t m, const product
                 {x, rows > PRODUCT_AMX_ROWS ? x + PRODUCT_AMX_ROWS * ld : NULL},
                 ld * (int64_t)sizeof(product_word),
                 PRODUCT_AMX_ROWS};
-            const product_amx_fetch fetch = product_amx_part(next, blocks, s, slices);
+            product_amx_part(&fetch, next, blocks, s, slices);
             multiply(blocks, &left, panel, tile, PM_NR, false, &fetch);
             finish(arg, row, (int)rows, p * PM_NR, pm_min(PM_NR, n - p * PM_NR), tile);
         }
@@ -231,6 +246,9 @@ static void product_amx_wgrad(product_kind kind, const product_side *left,
         const int64_t b = product_cut(blocks, chunks, chunk),
                       n = product_cut(blocks, chunks, chunk + 1) - b;
         const int64_t word = row0 / 2 + b * PRODUCT_AMX_ROWS;
+        /* sums are in L2 after the first chunk */
+        product_amx_fetch fetch = {.ld = ldw,
+                                   .rows = chunk == 0 ? pm_blocks(PRODUCT_AMX_SIDE, n) : 0};
         for (int64_t d = share.d0; d < share.d1; d += PM_NR) {
             const product_word *panel = product_side_at(right, word, d);
             for (int64_t f = share.f0; f < share.f1; f += PRODUCT_AMX_SIDE) {
@@ -242,19 +260,21 @@ static void product_amx_wgrad(product_kind kind, const product_side *left,
                                                  : NULL},
                                             PRODUCT_AMX_ROWS * (int64_t)sizeof(product_word),
                                             PRODUCT_AMX_TILE};
-                product_amx_fetch fetch;
                 const int64_t next_f = f + PRODUCT_AMX_SIDE < share.f1 ? f + PRODUCT_AMX_SIDE : f;
-                if (d == share.d0) /* nobody has fetched the left side */
-                    fetch = (product_amx_fetch){
-                        {(const char *)product_side_at(left, word, next_f),
-                         (const char *)product_side_at(left, word, next_f + PRODUCT_AMX_ROWS)},
-                        PRODUCT_AMX_ROWS};
-                else
-                    fetch = product_amx_part(
-                        product_side_at(right, word, d + PM_NR < share.d1 ? d + PM_NR : d), n,
-                        (f - share.f0) / PRODUCT_AMX_SIDE,
+                if (d == share.d0) { /* nobody has fetched the left side */
+                    fetch.at[0] = (const char *)product_side_at(left, word, next_f);
+                    fetch.at[1] =
+                        (const char *)product_side_at(left, word, next_f + PRODUCT_AMX_ROWS);
+                    fetch.lines = PRODUCT_AMX_ROWS;
+                } else {
+                    product_amx_part(
+                        &fetch, product_side_at(right, word, d + PM_NR < share.d1 ? d + PM_NR : d),
+                        n, (f - share.f0) / PRODUCT_AMX_SIDE,
                         pm_blocks(share.f1 - share.f0, PRODUCT_AMX_SIDE));
+                }
                 float *c = dw + f * ldw + d;
+                fetch.sums = next_f > f ? c + PRODUCT_AMX_SIDE * ldw
+                                        : dw + share.f0 * ldw + d + PM_NR;
                 if (high == PRODUCT_AMX_SIDE && wide == PM_NR) {
                     multiply(n, &x, panel, c, ldw, true, &fetch);
                     continue;
