@@ -190,6 +190,25 @@ static inline vf v_pairs(bool native, vf low, vf high)
     return (vf)(v_round_bf16(low) | (v_round_bf16(high) << 16));
 }
 
+/* The same of neighbours: first and second are 2 PM_WIDTH numbers in a row. */
+#if PM_WIDTH == 16
+#define V_EVEN ((vi){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30})
+#elif PM_WIDTH == 8
+#define V_EVEN ((vi){0, 2, 4, 6, 8, 10, 12, 14})
+#else
+#define V_EVEN ((vi){0, 2, 4, 6})
+#endif
+static inline vf v_words(bool native, vf first, vf second)
+{
+#if PM_HAS_BF16
+    if (native)
+        return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#endif
+    return v_pairs(native, __builtin_shuffle(first, second, V_EVEN),
+                   __builtin_shuffle(first, second, V_EVEN + 1));
+}
+#undef V_EVEN
+
 /* Stores PM_WIDTH bf16 at to. */
 static inline void v_store_bf16(bool native, void *to, vf x)
 {

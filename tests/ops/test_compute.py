@@ -11,7 +11,7 @@ import promoe
 from promoe import _core, ops
 from tests.ops.common import cast, compare, make, make_upstream, oracle
 
-PRODUCTS = ["experts", "linear", "patch_embed"]
+PRODUCTS = ["attention", "experts", "linear", "patch_embed"]
 REST = [op for op in ops.names() if op not in PRODUCTS]
 BOUND = 1e-2
 
