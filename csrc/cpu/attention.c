@@ -415,19 +415,13 @@ static void attention_expect(attention_ahead *f, const attention_job *j, int64_t
 
 /* ---------------------------------------------------------------- forward */
 
-/* The scores s[T][PM_NR] of queries t .. t+m-1 of a head to e = exp(s - max): 1 / their sums, and
- * lse = max + log sum. */
-static void attention_softmax_panel(const attention_job *j, int64_t head, int64_t t, int64_t m,
-                                    float *s, float *inverse)
+/* What softmax of the queries t .. t+m-1 of a head leaves behind: 1 / sum, and lse = max + log sum. */
+static void attention_sums(const attention_job *j, int64_t head, int64_t t, int64_t m,
+                           const float *max, const float *sum, float *inverse)
 {
     const pm_attention_args *g = j->g;
-    float max[PM_NR], sum[PM_NR];
-    for (int64_t i = 0; i < m; i += PM_WIDTH) {
-        vf top, total = attention_softmax(g->T, s + i, PM_NR, &top);
-        v_store(max + i, top);
-        v_store(sum + i, total);
-        v_store(inverse + i, v_set(1.0f) / total);
-    }
+    for (int64_t i = 0; i < m; i += PM_WIDTH)
+        v_store(inverse + i, v_set(1.0f) / v_load(sum + i));
     if (g->lse)
         for (int64_t i = 0; i < m; i++)
             g->lse[head * g->T + t + i] = max[i] + pm_log(sum[i]);
@@ -468,7 +462,7 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
     const int64_t end = product_cut(j->panels, j->parts, part + 1);
     for (int64_t panel = product_cut(j->panels, j->parts, part); panel < end; panel++) {
         const int64_t t = panel * PM_NR, m = pm_min(PM_NR, T - t);
-        float inverse[PM_NR];
+        float inverse[PM_NR], max[PM_NR], sum[PM_NR];
 
         /* 2. q^T of the panel */
         int64_t ldq = 3 * ldy;
@@ -478,7 +472,12 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
 
         /* 3. s = k q^T / sqrt(K); e = exp(s - max) and its sum; lse = max + log sum */
         attention_product(T, m, K, k, j->ldk, qt, PM_NR, s, PM_NR, false, &ahead);
-        attention_softmax_panel(j, head, t, m, s, inverse);
+        for (int64_t i = 0; i < m; i += PM_WIDTH) {
+            vf top, total = attention_softmax(T, s + i, PM_NR, &top);
+            v_store(max + i, top);
+            v_store(sum + i, total);
+        }
+        attention_sums(j, head, t, m, max, sum, inverse);
 
         /* 4. y^T = v^T e / sum */
         attention_product(K, m, T, vt, j->ldt, s, PM_NR, yt, PM_NR, false, &ahead);

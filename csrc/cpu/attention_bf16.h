@@ -2,9 +2,13 @@
  *
  * The same steps in the same order as there, on operands of words (product.h): rows of words from the
  * left, panels of them from the right. Scores come transposed as before, s[t][i] for all keys t and a
- * panel of queries i. Rounded, rows of e and ds are left rows for dv and dk, and pairs of rows are
+ * panel of queries i. Rounded, rows of p and ds are left rows for dv and dk, and pairs of rows are
  * the panel for y^T and dq^T; so nothing of size [T, T] is transposed, only q^T, dy^T, k^T and v^T
  * are. What is not an operand stays float32: scores, softmax, its sums, and the sums of products.
+ *
+ * Backward takes the probabilities from lse, p = exp(s - lse), and delta, the sum over keys of p * dp, from
+ * dy . y, as a GPU does: so it goes through the scores once, a block at a time, and while one block's are
+ * worked on the tiles make the next.
  *
  * What a contraction is filled up with (product_words) is zeros on both sides; rows and columns that
  * nobody asked for are computed in vain. */
@@ -86,6 +90,15 @@ static void attention_round_rows(product_kind kind, int64_t rows, int64_t K, con
                                          attention_get(x + c + PM_WIDTH, K - c - PM_WIDTH) * f));
 }
 
+/* t[l] = pairs of rows 2l and 2l + 1 of x. */
+static inline __attribute__((always_inline)) void attention_pairs(bool native, const float *x,
+                                                                  int64_t ldx, vf t[PM_WIDTH])
+{
+    _Pragma("GCC unroll 16")
+    for (int l = 0; l < PM_WIDTH; l++, x += 2 * ldx)
+        t[l] = v_pairs(native, v_load(x), v_load(x + ldx));
+}
+
 /* Left rows out[j][i] = x[i][j], i < n, j < K. */
 static void attention_round_turned(product_kind kind, int64_t n, int64_t K, const float *x,
                                    int64_t ldx, product_word *out, int64_t ldo)
@@ -95,40 +108,26 @@ static void attention_round_turned(product_kind kind, int64_t n, int64_t K, cons
         for (int64_t j = 0; j < K; j += PM_WIDTH) {
             const float *from = x + i * ldx + j;
             const int64_t rows = n - i, columns = pm_min(PM_WIDTH, K - j);
-            vf row[PM_WIDTH];
+            product_word *to = out + j * ldo + i / 2;
+            vf t[PM_WIDTH];
             if (rows >= 2 * PM_WIDTH && columns == PM_WIDTH) {
-                for (int l = 0; l < PM_WIDTH; l++, from += 2 * ldx)
-                    row[l] = v_pairs(native, v_load(from), v_load(from + ldx));
-            } else {
-                for (int l = 0; l < PM_WIDTH; l++, from += 2 * ldx)
-                    row[l] = v_pairs(native, 2 * l < rows ? v_get(from, columns) : v_zero(),
-                                     2 * l + 1 < rows ? v_get(from + ldx, columns) : v_zero());
+                if (native)
+                    attention_pairs(true, from, ldx, t);
+                else
+                    attention_pairs(false, from, ldx, t);
+                v_transpose(t);
+                _Pragma("GCC unroll 16")
+                for (int l = 0; l < PM_WIDTH; l++)
+                    v_store(to + l * ldo, t[l]);
+                continue;
             }
-            v_transpose(row);
+            for (int l = 0; l < PM_WIDTH; l++, from += 2 * ldx)
+                t[l] = v_pairs(native, 2 * l < rows ? v_get(from, columns) : v_zero(),
+                               2 * l + 1 < rows ? v_get(from + ldx, columns) : v_zero());
+            v_transpose(t);
             for (int l = 0; l < columns; l++)
-                v_store(out + (j + l) * ldo + i / 2, row[l]);
+                v_store(to + l * ldo, t[l]);
         }
-}
-
-/* PM_WIDTH columns of T rows at distance PM_NR: x[t] as a panel, and as column `at` of left rows; each
- * unless it is NULL. */
-static inline void attention_round_scores(product_kind kind, int64_t T, const float *x,
-                                          product_word *panel, product_word *rows, int64_t ld,
-                                          int64_t at)
-{
-    const bool native = product_native(kind);
-    const int64_t words = product_words(kind, T);
-    for (int64_t t = 0; t < T; t += 2, x += 2 * PM_NR) {
-        const vf first = v_load(x), second = t + 1 < T ? v_load(x + PM_NR) : v_zero();
-        if (panel)
-            v_store(panel + t / 2 * PM_NR, v_pairs(native, first, second));
-        if (rows) {
-            product_put(kind, rows + t * ld, at, first);
-            product_put(kind, rows + (t + 1) * ld, at, second); /* there is room for it */
-        }
-    }
-    for (int64_t w = (T + 1) / 2; panel && w < words; w++)
-        v_store(panel + w * PM_NR, v_zero());
 }
 
 /* Zeros behind n numbers of each of T left rows. */
@@ -139,7 +138,42 @@ static void attention_fill(product_kind kind, int64_t T, int64_t n, product_word
         memset((char *)(rows + t * ld) + 2 * n, 0, (size_t)bytes);
 }
 
+/* Zeros behind the T rows of a panel. */
+static void attention_fill_panel(product_kind kind, int64_t T, product_word *panel)
+{
+    for (int64_t w = (T + 1) / 2; w < product_words(kind, T); w++)
+        for (int64_t i = 0; i < PM_NR; i += PM_WIDTH)
+            v_store(panel + w * PM_NR + i, v_zero());
+}
+
 /* ---------------------------------------------------------------- forward */
+
+/* PM_WIDTH columns of T scores to e = exp(s - max), pairs of a panel. Returns their sums. */
+static inline vf attention_softmax_rounded(product_kind kind, int64_t T, const float *s, vf max,
+                                           product_word *panel)
+{
+    const bool native = product_native(kind);
+    vf sum[ATTENTION_SUMS] = {v_zero()};
+    int64_t t = 0;
+    for (; t + ATTENTION_SUMS <= T; t += ATTENTION_SUMS, s += ATTENTION_SUMS * PM_NR) {
+        _Pragma("GCC unroll 2")
+        for (int l = 0; l < ATTENTION_SUMS; l += 2, panel += PM_NR) {
+            const vf first = attention_exp(v_load(s + l * PM_NR) - max);
+            const vf second = attention_exp(v_load(s + (l + 1) * PM_NR) - max);
+            v_store(panel, v_pairs(native, first, second));
+            sum[l] += first;
+            sum[l + 1] += second;
+        }
+    }
+    for (; t < T; t += 2, s += 2 * PM_NR, panel += PM_NR) {
+        const vf first = attention_exp(v_load(s) - max);
+        const vf second = t + 1 < T ? attention_exp(v_load(s + PM_NR) - max) : v_zero();
+        v_store(panel, v_pairs(native, first, second));
+        sum[0] += first;
+        sum[1] += second;
+    }
+    return attention_total(sum);
+}
 
 /* What a head's panels share: k in left rows, scaled, and v^T in left rows. */
 typedef struct {
@@ -198,7 +232,7 @@ static void attention_forward_rounded(const attention_job *j, int64_t item, void
     const int64_t end = product_cut(j->panels, j->parts, part + 1);
     for (int64_t panel = product_cut(j->panels, j->parts, part); panel < end; panel++) {
         const int64_t t = panel * PM_NR, m = pm_min(PM_NR, T - t);
-        float inverse[PM_NR];
+        float inverse[PM_NR], max[PM_NR], sum[PM_NR];
 
         /* 2. q^T of the panel */
         int64_t ldq = 3 * ldy;
@@ -206,11 +240,26 @@ static void attention_forward_rounded(const attention_job *j, int64_t item, void
         q = attention_input(&j->q_norm, m, K, q, &ldq, room, j->ldk, NULL);
         product_pack_pairs(kind, m, K, q, ldq, qt);
 
-        /* 3. s = k q^T / sqrt(K); e = exp(s - max) and its sum */
-        attention_multiply(kind, T, words_k, made.k, made.ldk, qt, s, PM_NR, false, &ahead);
-        attention_softmax_panel(j, head, t, m, s, inverse);
-        for (int64_t i = 0; i < m; i += PM_WIDTH)
-            attention_round_scores(kind, T, s + i, e + i, NULL, 0, 0);
+        /* 3. s = k q^T / sqrt(K) and the maxima, block by block; e = exp(s - max) and its sum */
+        vf top[PM_NR / PM_WIDTH];
+        for (int64_t l = 0; l < T; l += ATTENTION_ROWS) {
+            const int64_t rows = pm_min(ATTENTION_ROWS, T - l);
+            float *block = s + l * PM_NR;
+            attention_multiply(kind, rows, words_k, made.k + l * made.ldk, made.ldk, qt, block,
+                               PM_NR, false, &ahead);
+            for (int i = 0; i < PM_NR / PM_WIDTH; i++) {
+                const vf max = attention_max(rows, block + i * PM_WIDTH, PM_NR);
+                top[i] = l ? v_max(top[i], max) : max;
+            }
+        }
+        for (int i = 0; i * PM_WIDTH < m; i++) {
+            const int64_t column = i * PM_WIDTH;
+            v_store(max + column, top[i]);
+            v_store(sum + column,
+                    attention_softmax_rounded(kind, T, s + column, top[i], e + column));
+        }
+        attention_fill_panel(kind, T, e);
+        attention_sums(j, head, t, m, max, sum, inverse);
 
         /* 4. y^T = v^T e / sum */
         attention_multiply(kind, K, words_t, made.vt, made.ldt, e, yt, PM_NR, false, &ahead);
@@ -242,14 +291,12 @@ static size_t attention_rounded_head_bytes(const attention_job *j)
 typedef struct {
     product_word *k, *v, *kt; /* left rows: k, scaled, and v; k^T, as it is */
     product_word *qt, *dyt;   /* panels of the queries of a panel */
-    float *s, *dp;            /* [T][PM_NR] */
     product_word *ds_panel;   /* ds, to be multiplied by k^T */
-    product_word *e, *ds;     /* left rows: of the queries of a block */
+    product_word *p, *ds;     /* left rows: of the queries of a block */
     float *room;              /* [PM_NR][ldk]: q or k, normalised; dq, before it goes back */
-    float *inverse, *scaled;  /* 1 / sum, and the same by 1 / sqrt(K): of a block */
     float *q_stats, *k_stats; /* [T, 2], mean and rstd */
     float *dqt, *dk, *dv;
-    product_side q, dy; /* panels of a block's queries, times scaled and inverse */
+    product_side q, dy; /* panels of a block's queries */
 } attention_back;
 
 static attention_back attention_back_take(const attention_job *j, void *scratch)
@@ -262,12 +309,10 @@ static attention_back attention_back_take(const attention_job *j, void *scratch)
     a.k = attention_take(&scratch, all * row_k), a.v = attention_take(&scratch, all * row_k);
     a.kt = attention_take(&scratch, attention_rows(K) * row_t);
     a.qt = attention_take(&scratch, word_k), a.dyt = attention_take(&scratch, word_k);
-    a.s = attention_take(&scratch, all * PM_NR), a.dp = attention_take(&scratch, all * PM_NR);
     a.ds_panel = attention_take(&scratch, product_words(kind, T) * PM_NR);
-    a.e = attention_take(&scratch, all * product_row_words(rows));
+    a.p = attention_take(&scratch, all * product_row_words(rows));
     a.ds = attention_take(&scratch, all * product_row_words(rows));
     a.room = attention_take(&scratch, PM_NR * j->ldk);
-    a.inverse = attention_take(&scratch, rows), a.scaled = attention_take(&scratch, rows);
     a.q_stats = attention_take(&scratch, 2 * T), a.k_stats = attention_take(&scratch, 2 * T);
     a.dqt = attention_take(&scratch, attention_rows(K) * PM_NR);
     a.dk = attention_take(&scratch, all * j->ldk), a.dv = attention_take(&scratch, all * j->ldk);
@@ -282,26 +327,65 @@ static size_t attention_rounded_backward_bytes(const attention_job *j)
     size_t bytes = 2 * attention_floats(all * product_row_words(K));     /* k, v */
     bytes += attention_floats(attention_rows(K) * product_row_words(T)); /* k^T */
     bytes += 2 * attention_floats(product_words(kind, K) * PM_NR);       /* q^T, dy^T */
-    bytes += 2 * attention_floats(all * PM_NR);                          /* s, dp */
     bytes += attention_floats(product_words(kind, T) * PM_NR);           /* ds */
-    bytes += 2 * attention_floats(all * product_row_words(rows));        /* e, ds */
+    bytes += 2 * attention_floats(all * product_row_words(rows));        /* p, ds */
     bytes += attention_floats(PM_NR * j->ldk);                           /* room */
-    bytes += 2 * attention_floats(rows);                                 /* inverse, scaled */
     bytes += 2 * attention_floats(2 * T);                                /* mean, rstd */
     bytes += attention_floats(attention_rows(K) * PM_NR);                /* dq^T */
     bytes += 2 * attention_floats(all * j->ldk);                         /* dk, dv */
     return bytes + 2 * product_side_bytes(kind, rows, K);                /* q, dy */
 }
 
-/* m rows from `row` of a block on of q or dy, times factor, to the panels of the block. */
+/* m rows from `row` of a block on of q or dy, to the panels of the block. */
 static void attention_round_side(product_kind kind, const product_side *side, int64_t row,
-                                 int64_t m, int64_t K, const float *x, int64_t ldx,
-                                 const float *factor)
+                                 int64_t m, int64_t K, const float *x, int64_t ldx)
 {
     const float *rows[PM_NR];
     for (int64_t i = 0; i < m; i++)
         rows[i] = x + i * ldx;
-    product_side_pack(kind, side, row, m, rows, K, factor + row, NULL);
+    product_side_pack(kind, side, row, m, rows, K, NULL, NULL);
+}
+
+/* delta = scale * dy . y of m queries, which is the sum of p * dp over the keys: dy as dp has it, so that
+ * a query that gives one key all its weight has ds = 0. */
+static void attention_delta(product_kind kind, int64_t m, int64_t K, const float *dy,
+                            const float *y, int64_t ld, float scale, float *delta)
+{
+    const bool native = product_native(kind);
+    for (int64_t i = 0; i < m; i++, dy += ld, y += ld) {
+        vf sum = v_zero();
+        for (int64_t c = 0; c < K; c += PM_WIDTH)
+            sum = v_fma(v_rounded(native, v_get(dy + c, K - c)), v_get(y + c, K - c), sum);
+        delta[i] = scale * v_sum(sum);
+    }
+}
+
+/* Scores and dp of some keys and PM_WIDTH queries, at distance PM_NR, to p = exp(s - lse) and
+ * ds = p * (scale * dp - delta): both into left rows, at column `at`, and ds into pairs of a panel. */
+static inline void attention_softmax_backward_rounded(product_kind kind, int64_t rows,
+                                                      const float *s, const float *dp, vf lse,
+                                                      vf delta, float scale, product_word *p_row,
+                                                      product_word *ds_row, int64_t ld, int64_t at,
+                                                      product_word *panel)
+{
+    const bool native = product_native(kind);
+    const vf by = v_set(scale);
+    char *p_to = (char *)p_row + 2 * at, *ds_to = (char *)ds_row + 2 * at;
+    const int64_t step = ld * (int64_t)sizeof(product_word);
+    for (int64_t t = 0; t < rows; t += 2, s += 2 * PM_NR, dp += 2 * PM_NR, panel += PM_NR) {
+        vf p[2] = {v_zero(), v_zero()}, ds[2] = {v_zero(), v_zero()};
+        _Pragma("GCC unroll 2")
+        for (int l = 0; l < 2; l++) {
+            if (t + l == rows)
+                break;
+            p[l] = attention_exp(v_load(s + l * PM_NR) - lse);
+            ds[l] = p[l] * v_fma(by, v_load(dp + l * PM_NR), -delta);
+        }
+        v_store_bf16_two(native, p_to, p_to + step, p[0], p[1]); /* there is room for a last one */
+        v_store_bf16_two(native, ds_to, ds_to + step, ds[0], ds[1]);
+        v_store(panel, v_pairs(native, ds[0], ds[1]));
+        p_to += 2 * step, ds_to += 2 * step;
+    }
 }
 
 /* The gradient of k or v of a head from the left rows of ds or e and the panels of q or dy. */
@@ -309,9 +393,11 @@ static void attention_accumulate(const attention_job *j, const product_word *lef
                                  const product_side *right, float *c, bool add,
                                  attention_ahead *ahead)
 {
-    for (int64_t p = 0; p < j->g->K; p += PM_NR)
-        attention_multiply(j->kind, j->g->T, right->words, left, ld, product_side_at(right, 0, p),
-                           c + p, j->ldk, add, ahead);
+    for (int64_t t = 0; t < j->g->T; t += ATTENTION_ROWS)
+        for (int64_t p = 0; p < j->g->K; p += PM_NR)
+            attention_multiply(j->kind, pm_min(ATTENTION_ROWS, j->g->T - t), right->words,
+                               left + t * ld, ld, product_side_at(right, 0, p), c + t * j->ldk + p,
+                               j->ldk, add, ahead);
 }
 
 static void attention_backward_rounded(const attention_job *j, int64_t head, void *scratch)
@@ -324,7 +410,9 @@ static void attention_backward_rounded(const attention_job *j, int64_t head, voi
     const int64_t row_k = product_row_words(K), row_t = product_row_words(T);
     const int64_t row_block = product_row_words(j->block * PM_NR);
     const float *q_in = g->qkv + at, *k_in = q_in + ldy, *v_in = k_in + ldy;
-    const float *dy = j->d->dy + b * T * ldy + h * K;
+    const float *dy = j->d->dy + b * T * ldy + h * K, *y = g->y + b * T * ldy + h * K;
+    const float *lse = g->lse + head * T;
+    float s[ATTENTION_ROWS * PM_NR], dp[ATTENTION_ROWS * PM_NR + 16], delta[PM_NR] = {0};
     float *dq_out = j->d->dqkv ? j->d->dqkv + at : NULL, *dk_out = dq_out ? dq_out + ldy : NULL;
     float *slot = j->slots ? j->slots + head * 4 * j->ldk : NULL;
     attention_back a = attention_back_take(j, scratch);
@@ -357,39 +445,43 @@ static void attention_backward_rounded(const attention_job *j, int64_t head, voi
             const float *q = attention_input(&j->q_norm, m, K, q_in + t * ldx, &ldq, a.room, j->ldk,
                                              a.q_stats + 2 * t);
 
-            /* 2. e = exp(s - max), dp = v dy^T, ds = e * (dp - delta) */
+            /* 2. p = exp(s - lse), dp = v dy^T, ds = p * (dp - delta) / sqrt(K) */
             product_pack_pairs(kind, m, K, q, ldq, a.qt);
             product_pack_pairs(kind, m, K, up, ldy, a.dyt);
-            attention_multiply(kind, T, words_k, a.k, row_k, a.qt, a.s, PM_NR, false, &ahead);
-            attention_multiply(kind, T, words_k, a.v, row_k, a.dyt, a.dp, PM_NR, false, &ahead);
-            for (int64_t i = 0; i < m; i += PM_WIDTH) {
-                const vf inverse = attention_softmax_backward(T, a.s + i, a.dp + i, PM_NR);
-                v_store(a.inverse + row + i, inverse);
-                v_store(a.scaled + row + i, inverse * v_set(j->scale));
-                attention_round_scores(kind, T, a.s + i, NULL, a.e, row_block, row + i);
-                attention_round_scores(kind, T, a.dp + i, a.ds_panel + i, a.ds, row_block, row + i);
+            attention_round_side(kind, &a.dy, row, m, K, up, ldy);
+            attention_round_side(kind, &a.q, row, m, K, q, ldq);
+            attention_delta(kind, m, K, up, y + t * ldy, ldy, j->scale, delta);
+            for (int64_t l = 0; l < T; l += ATTENTION_ROWS) {
+                const int64_t high = pm_min(ATTENTION_ROWS, T - l);
+                attention_multiply(kind, high, words_k, a.k + l * row_k, row_k, a.qt, s, PM_NR,
+                                   false, &ahead);
+                attention_multiply(kind, high, words_k, a.v + l * row_k, row_k, a.dyt, dp, PM_NR,
+                                   false, &ahead);
+                for (int64_t i = 0; i < m; i += PM_WIDTH)
+                    attention_softmax_backward_rounded(
+                        kind, high, s + i, dp + i, v_get(lse + t + i, m - i), v_load(delta + i),
+                        j->scale, a.p + l * row_block, a.ds + l * row_block, row_block, row + i,
+                        a.ds_panel + l / 2 * PM_NR + i);
             }
-            attention_round_side(kind, &a.dy, row, m, K, up, ldy, a.inverse);
-            attention_round_side(kind, &a.q, row, m, K, q, ldq, a.scaled);
 
             /* 3. dq^T = k^T ds */
             if (!dq_out && !slot)
                 continue;
+            attention_fill_panel(kind, T, a.ds_panel);
             attention_multiply(kind, K, words_t, a.kt, row_t, a.ds_panel, a.dqt, PM_NR, false,
                                &ahead);
             if (slot) {
-                attention_transpose(K, m, a.dqt, PM_NR, a.scaled + row, a.room, j->ldk, true);
+                attention_transpose(K, m, a.dqt, PM_NR, NULL, a.room, j->ldk, true);
                 attention_finish(j, m, a.room, q_in, dq_out, &j->q_norm, slot, a.q_stats, t);
             } else {
-                attention_transpose(K, m, a.dqt, PM_NR, a.scaled + row, dq_out + t * ldx, ldx,
-                                    false);
+                attention_transpose(K, m, a.dqt, PM_NR, NULL, dq_out + t * ldx, ldx, false);
             }
         }
 
         /* 4. dv += p^T dy, dk += ds^T q, over the queries of the block */
-        attention_fill(kind, T, rows, a.e, row_block);
+        attention_fill(kind, T, rows, a.p, row_block);
         attention_fill(kind, T, rows, a.ds, row_block);
-        attention_accumulate(j, a.e, row_block, &a.dy, a.dv, first > 0, &ahead);
+        attention_accumulate(j, a.p, row_block, &a.dy, a.dv, first > 0, &ahead);
         attention_accumulate(j, a.ds, row_block, &a.q, a.dk, first > 0, &ahead);
     }
     attention_end(kind);

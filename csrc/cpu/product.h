@@ -111,6 +111,18 @@ static inline int64_t product_packed(product_kind kind, int64_t n, int64_t k)
     return product_panels(n) * PM_NR * product_words(kind, k);
 }
 
+/* t[j] = words of 2 PM_WIDTH numbers of row j of w. */
+static inline __attribute__((always_inline)) void product_words_of(bool native, const float *w,
+                                                                   int64_t ld, vf t[PM_WIDTH])
+{
+    _Pragma("GCC unroll 16")
+    for (int j = 0; j < PM_WIDTH; j++, w += ld) {
+        __builtin_prefetch(w + 8 * 16);
+        __builtin_prefetch(w + 9 * 16);
+        t[j] = v_words(native, v_load(w), v_load(w + PM_WIDTH));
+    }
+}
+
 /* A panel of pairs: its columns are n <= PM_NR rows of w, of k numbers each, and zeros behind them.
  * Words are made before they are transposed, which is half the work. */
 static void product_pack_pairs(product_kind kind, int64_t n, int64_t k, const float *w, int64_t ld,
@@ -122,24 +134,28 @@ static void product_pack_pairs(product_kind kind, int64_t n, int64_t k, const fl
         for (int half = 0; half < PM_NR; half += PM_WIDTH) {
             const int64_t left = k - 2 * i, rows = pm_min(PM_WIDTH, words - i);
             const float *from = w + half * ld + 2 * i;
+            product_word *to = panel + i * PM_NR + half;
             vf t[PM_WIDTH];
             if (left >= 2 * PM_WIDTH && n - half >= PM_WIDTH) {
-                for (int j = 0; j < PM_WIDTH; j++, from += ld) {
-                    __builtin_prefetch(from + 8 * 16);
-                    __builtin_prefetch(from + 9 * 16);
-                    t[j] = v_words(native, v_load(from), v_load(from + PM_WIDTH));
-                }
-            } else {
-                for (int j = 0; j < PM_WIDTH; j++, from += ld) {
-                    const int64_t there = j < n - half ? left : 0;
-                    t[j] = v_words(native, there > 0 ? v_get(from, there) : v_zero(),
-                                   there > PM_WIDTH ? v_get(from + PM_WIDTH, there - PM_WIDTH)
-                                                    : v_zero());
-                }
+                if (native)
+                    product_words_of(true, from, ld, t);
+                else
+                    product_words_of(false, from, ld, t);
+                v_transpose(t);
+                _Pragma("GCC unroll 16")
+                for (int j = 0; j < PM_WIDTH; j++)
+                    v_store(to + j * PM_NR, t[j]);
+                continue;
+            }
+            for (int j = 0; j < PM_WIDTH; j++, from += ld) {
+                const int64_t there = j < n - half ? left : 0;
+                t[j] = v_words(native, there > 0 ? v_get(from, there) : v_zero(),
+                               there > PM_WIDTH ? v_get(from + PM_WIDTH, there - PM_WIDTH)
+                                                : v_zero());
             }
             v_transpose(t);
             for (int j = 0; j < rows; j++)
-                v_store(panel + (i + j) * PM_NR + half, t[j]);
+                v_store(to + j * PM_NR, t[j]);
         }
 }
 

@@ -222,6 +222,32 @@ static inline void v_store_bf16(bool native, void *to, vf x)
     *(vs_loose *)to = __builtin_convertvector(v_round_bf16(x), vs);
 }
 
+/* The same of two vectors, to two places. */
+static inline void v_store_bf16_two(bool native, void *to, void *to_second, vf x, vf second)
+{
+#if PM_HAS_BF16
+    if (native) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)x);
+        _mm256_storeu_si256(to, _mm512_castsi512_si256(both));
+        _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(both, 1));
+        return;
+    }
+#endif
+    v_store_bf16(native, to, x);
+    v_store_bf16(native, to_second, second);
+}
+
+/* x rounded to bf16. */
+static inline vf v_rounded(bool native, vf x)
+{
+#if PM_HAS_BF16
+    if (native)
+        return (vf)((vi)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)) << 16);
+#endif
+    (void)native;
+    return (vf)(v_round_bf16(x) << 16);
+}
+
 /* The instructions take denormals for zero and make none. An emulation runs between these two. */
 #if defined(__x86_64__)
 static inline unsigned v_flush_denormals(void)
