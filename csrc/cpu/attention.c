@@ -22,7 +22,7 @@ typedef struct {
     int64_t ld;
 } attention_piece;
 
-#define ATTENTION_PIECES 7 /* q, k, v, dy; dq, dk, dv */
+#define ATTENTION_PIECES 8 /* q, k, v, y, dy; dq, dk, dv */
 
 typedef struct {
     attention_piece piece[ATTENTION_PIECES];
@@ -49,14 +49,6 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
             f->offset = 0, f->now++;
     }
     return at;
-}
-
-static inline void attention_fetch_lines(attention_ahead *f)
-{
-    int64_t step;
-    const char *at = attention_fetch(f, f->lines, &step);
-    for (int64_t l = 0; l < f->lines; l++, at += step)
-        __builtin_prefetch(at, 0, 2);
 }
 
 /* ---------------------------------------------------------------- products */
@@ -407,7 +399,10 @@ static void attention_expect(attention_ahead *f, const attention_job *j, int64_t
     if (next >= j->items)
         return;
     attention_fetch_rows(f, j, j->g->qkv, 3, next);
-    attention_fetch_rows(f, j, j->d ? j->d->dy : j->g->y, 1, next);
+    if (!j->d || j->kind != PM_FP32)
+        attention_fetch_rows(f, j, j->g->y, 1, next);
+    if (j->d)
+        attention_fetch_rows(f, j, j->d->dy, 1, next);
     if (j->d && j->d->dqkv)
         attention_fetch_rows(f, j, j->d->dqkv, 3, next);
     f->lines = pm_blocks(f->pieces * f->rows * pm_blocks(f->bytes, 64), pm_max(1, products));

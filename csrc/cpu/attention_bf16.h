@@ -24,7 +24,7 @@ static inline int64_t attention_rows(int64_t n)
 /* c[m][PM_NR] = or += m left rows of so many words by a panel. */
 static void attention_multiply(product_kind kind, int64_t m, int64_t words, const product_word *a,
                                int64_t lda, const product_word *panel, float *c, int64_t ldc,
-                               bool add, attention_ahead *ahead)
+                               bool add)
 {
 #if PM_HAS_AMX
     if (product_is_amx(kind)) {
@@ -35,7 +35,6 @@ static void attention_multiply(product_kind kind, int64_t m, int64_t words, cons
                 {x, m - i > PRODUCT_AMX_ROWS ? x + PRODUCT_AMX_ROWS * lda : NULL},
                 lda * (int64_t)sizeof(product_word),
                 PRODUCT_AMX_ROWS};
-            attention_fetch_lines(ahead);
             product_amx_tile(kind)(words / PRODUCT_AMX_ROWS, &left, panel, c + i * ldc, ldc, add,
                                    &none);
         }
@@ -48,7 +47,6 @@ static void attention_multiply(product_kind kind, int64_t m, int64_t words, cons
         const product_word *row[PM_MR];
         for (int64_t l = 0; l < rows; l++)
             row[l] = a + (i + l) * lda;
-        attention_fetch_lines(ahead);
         const unsigned mode = product_begin(kind);
         product_tile[kind][rows](words, row, panel, c + i * ldc, ldc, add);
         product_end(kind, mode);
@@ -150,12 +148,16 @@ static void attention_fill_panel(product_kind kind, int64_t T, product_word *pan
 
 /* PM_WIDTH columns of T scores to e = exp(s - max), pairs of a panel. Returns their sums. */
 static inline vf attention_softmax_rounded(product_kind kind, int64_t T, const float *s, vf max,
-                                           product_word *panel)
+                                           product_word *panel, attention_ahead *ahead)
 {
     const bool native = product_native(kind);
     vf sum[ATTENTION_SUMS] = {v_zero()};
-    int64_t t = 0;
+    const int64_t lines = ahead->lines;
+    int64_t step, t = 0;
+    const char *from = attention_fetch(ahead, T / ATTENTION_SUMS * lines, &step);
     for (; t + ATTENTION_SUMS <= T; t += ATTENTION_SUMS, s += ATTENTION_SUMS * PM_NR) {
+        for (int64_t l = 0; l < lines; l++, from += step)
+            __builtin_prefetch(from, 0, 2);
         _Pragma("GCC unroll 2")
         for (int l = 0; l < ATTENTION_SUMS; l += 2, panel += PM_NR) {
             const vf first = attention_exp(v_load(s + l * PM_NR) - max);
@@ -221,7 +223,7 @@ static void attention_forward_rounded(const attention_job *j, int64_t item, void
     if (j->parts == 1) {
         scratch = own;
         attention_prepare_rounded(j, head, made, room);
-        attention_expect(&ahead, j, item, j->panels * (pm_blocks(T, 32) + pm_blocks(K, 32)));
+        attention_expect(&ahead, j, item, T * T / (ATTENTION_SUMS * PM_WIDTH));
     }
 
     product_word *qt = attention_take(&scratch, words_k * PM_NR);
@@ -246,7 +248,7 @@ static void attention_forward_rounded(const attention_job *j, int64_t item, void
             const int64_t rows = pm_min(ATTENTION_ROWS, T - l);
             float *block = s + l * PM_NR;
             attention_multiply(kind, rows, words_k, made.k + l * made.ldk, made.ldk, qt, block,
-                               PM_NR, false, &ahead);
+                               PM_NR, false);
             for (int i = 0; i < PM_NR / PM_WIDTH; i++) {
                 const vf max = attention_max(rows, block + i * PM_WIDTH, PM_NR);
                 top[i] = l ? v_max(top[i], max) : max;
@@ -256,13 +258,13 @@ static void attention_forward_rounded(const attention_job *j, int64_t item, void
             const int64_t column = i * PM_WIDTH;
             v_store(max + column, top[i]);
             v_store(sum + column,
-                    attention_softmax_rounded(kind, T, s + column, top[i], e + column));
+                    attention_softmax_rounded(kind, T, s + column, top[i], e + column, &ahead));
         }
         attention_fill_panel(kind, T, e);
         attention_sums(j, head, t, m, max, sum, inverse);
 
         /* 4. y^T = v^T e / sum */
-        attention_multiply(kind, K, words_t, made.vt, made.ldt, e, yt, PM_NR, false, &ahead);
+        attention_multiply(kind, K, words_t, made.vt, made.ldt, e, yt, PM_NR, false);
         attention_transpose(K, m, yt, PM_NR, inverse, g->y + (b * T + t) * ldy + h * K, ldy, false);
     }
     attention_end(kind);
@@ -366,14 +368,19 @@ static inline void attention_softmax_backward_rounded(product_kind kind, int64_t
                                                       const float *s, const float *dp, vf lse,
                                                       vf delta, float scale, product_word *p_row,
                                                       product_word *ds_row, int64_t ld, int64_t at,
-                                                      product_word *panel)
+                                                      product_word *panel, attention_ahead *ahead)
 {
     const bool native = product_native(kind);
     const vf by = v_set(scale);
     char *p_to = (char *)p_row + 2 * at, *ds_to = (char *)ds_row + 2 * at;
     const int64_t step = ld * (int64_t)sizeof(product_word);
+    const int64_t lines = ahead->lines;
+    int64_t fetch_step;
+    const char *from = attention_fetch(ahead, (rows + 1) / 2 * lines, &fetch_step);
     for (int64_t t = 0; t < rows; t += 2, s += 2 * PM_NR, dp += 2 * PM_NR, panel += PM_NR) {
         vf p[2] = {v_zero(), v_zero()}, ds[2] = {v_zero(), v_zero()};
+        for (int64_t l = 0; l < lines; l++, from += fetch_step)
+            __builtin_prefetch(from, 0, 2);
         _Pragma("GCC unroll 2")
         for (int l = 0; l < 2; l++) {
             if (t + l == rows)
@@ -390,14 +397,13 @@ static inline void attention_softmax_backward_rounded(product_kind kind, int64_t
 
 /* The gradient of k or v of a head from the left rows of ds or e and the panels of q or dy. */
 static void attention_accumulate(const attention_job *j, const product_word *left, int64_t ld,
-                                 const product_side *right, float *c, bool add,
-                                 attention_ahead *ahead)
+                                 const product_side *right, float *c, bool add)
 {
     for (int64_t t = 0; t < j->g->T; t += ATTENTION_ROWS)
         for (int64_t p = 0; p < j->g->K; p += PM_NR)
             attention_multiply(j->kind, pm_min(ATTENTION_ROWS, j->g->T - t), right->words,
                                left + t * ld, ld, product_side_at(right, 0, p), c + t * j->ldk + p,
-                               j->ldk, add, ahead);
+                               j->ldk, add);
 }
 
 static void attention_backward_rounded(const attention_job *j, int64_t head, void *scratch)
@@ -417,9 +423,7 @@ static void attention_backward_rounded(const attention_job *j, int64_t head, voi
     float *slot = j->slots ? j->slots + head * 4 * j->ldk : NULL;
     attention_back a = attention_back_take(j, scratch);
     attention_ahead ahead = {0};
-    attention_expect(&ahead, j, head,
-                     j->panels * (2 * pm_blocks(T, 32) + pm_blocks(K, 32)) +
-                         2 * pm_blocks(T, 32) * pm_blocks(K, 32));
+    attention_expect(&ahead, j, head, T * T / (2 * PM_WIDTH));
 
     /* 1. k, scaled, and v in rows for the scores and dp, k^T for dq */
     if (slot)
@@ -454,22 +458,21 @@ static void attention_backward_rounded(const attention_job *j, int64_t head, voi
             for (int64_t l = 0; l < T; l += ATTENTION_ROWS) {
                 const int64_t high = pm_min(ATTENTION_ROWS, T - l);
                 attention_multiply(kind, high, words_k, a.k + l * row_k, row_k, a.qt, s, PM_NR,
-                                   false, &ahead);
+                                   false);
                 attention_multiply(kind, high, words_k, a.v + l * row_k, row_k, a.dyt, dp, PM_NR,
-                                   false, &ahead);
+                                   false);
                 for (int64_t i = 0; i < m; i += PM_WIDTH)
                     attention_softmax_backward_rounded(
                         kind, high, s + i, dp + i, v_get(lse + t + i, m - i), v_load(delta + i),
                         j->scale, a.p + l * row_block, a.ds + l * row_block, row_block, row + i,
-                        a.ds_panel + l / 2 * PM_NR + i);
+                        a.ds_panel + l / 2 * PM_NR + i, &ahead);
             }
 
             /* 3. dq^T = k^T ds */
             if (!dq_out && !slot)
                 continue;
             attention_fill_panel(kind, T, a.ds_panel);
-            attention_multiply(kind, K, words_t, a.kt, row_t, a.ds_panel, a.dqt, PM_NR, false,
-                               &ahead);
+            attention_multiply(kind, K, words_t, a.kt, row_t, a.ds_panel, a.dqt, PM_NR, false);
             if (slot) {
                 attention_transpose(K, m, a.dqt, PM_NR, NULL, a.room, j->ldk, true);
                 attention_finish(j, m, a.room, q_in, dq_out, &j->q_norm, slot, a.q_stats, t);
@@ -481,8 +484,8 @@ static void attention_backward_rounded(const attention_job *j, int64_t head, voi
         /* 4. dv += p^T dy, dk += ds^T q, over the queries of the block */
         attention_fill(kind, T, rows, a.p, row_block);
         attention_fill(kind, T, rows, a.ds, row_block);
-        attention_accumulate(j, a.p, row_block, &a.dy, a.dv, first > 0, &ahead);
-        attention_accumulate(j, a.ds, row_block, &a.q, a.dk, first > 0, &ahead);
+        attention_accumulate(j, a.p, row_block, &a.dy, a.dv, first > 0);
+        attention_accumulate(j, a.ds, row_block, &a.q, a.dk, first > 0);
     }
     attention_end(kind);
     attention_write_back(j, a.dk, a.dv, k_in, dk_out, slot, a.k_stats);
