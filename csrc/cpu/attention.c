@@ -59,7 +59,7 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
                                          int64_t ldb, float *c, int64_t ldc, bool add,             \
                                          const char *ahead, int64_t step)                          \
     {                                                                                              \
-        vf t[m][n];                                                                                \
+        vf t[m][2];                                                                                \
         const float *r[m];                                                                         \
         _Pragma("GCC unroll 16")                                                                   \
         for (int i = 0; i < m; i++) {                                                              \
@@ -84,14 +84,13 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
     }
 #define ATTENTION_STEP(m, n, at)                                                                   \
     {                                                                                              \
-        vf right[n];                                                                               \
-        for (int j = 0; j < n; j++)                                                                \
-            right[j] = v_load(b + j * PM_WIDTH);                                                   \
+        const vf b0 = v_load(b), b1 = v_load(b + (n - 1) * PM_WIDTH);                              \
         _Pragma("GCC unroll 16")                                                                   \
         for (int i = 0; i < m; i++) {                                                              \
-            const vf left = v_set(r[i][at]);                                                       \
-            for (int j = 0; j < n; j++)                                                            \
-                t[i][j] = v_fma(left, right[j], t[i][j]);                                          \
+            if (n == 2)                                                                            \
+                PRODUCT_ROW_fp32(i, t[i], r[i] + (at), b0, b1);                                    \
+            else                                                                                   \
+                t[i][0] = v_fma(v_set(r[i][at]), b0, t[i][0]);                                     \
         }                                                                                          \
     }
 #define ATTENTION_TILE_1(n, m) ATTENTION_TILE(m, n)
