@@ -149,9 +149,9 @@ static void product_pack_pairs(product_kind kind, int64_t n, int64_t k, const fl
             }
             for (int j = 0; j < PM_WIDTH; j++, from += ld) {
                 const int64_t there = j < n - half ? left : 0;
-                t[j] = v_words(native, there > 0 ? v_get(from, there) : v_zero(),
-                               there > PM_WIDTH ? v_get(from + PM_WIDTH, there - PM_WIDTH)
-                                                : v_zero());
+                t[j] =
+                    v_words(native, there > 0 ? v_get(from, there) : v_zero(),
+                            there > PM_WIDTH ? v_get(from + PM_WIDTH, there - PM_WIDTH) : v_zero());
             }
             v_transpose(t);
             for (int j = 0; j < rows; j++)

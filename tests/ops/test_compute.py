@@ -156,6 +156,32 @@ def test_odd_sizes(N, poisoned):
             assert np.all(error <= 2**-6.9 * (np.abs(a) @ np.abs(b)) + 1e-6), f"{name}, D = {D}, F = {F}"
 
 
+def attention_bits(inputs, compute):
+    outs = ops.attention_forward(**inputs, compute=compute)
+    dy = np.random.default_rng(5).standard_normal(outs["y"].shape, np.float32)
+    return {**outs, **ops.attention_backward(**inputs, **outs, dy=dy, compute=compute)}, dy
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 32, 33, 47, 65, 130, 600])
+def test_odd_heads(T, norm, poisoned):
+    """Panels, tiles and words of a head that are not whole, and several blocks: right, and the bits of the emulation."""
+    rng = np.random.default_rng(T)
+    for K in (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 72) if T < 600 else (40,):
+        inputs = {"qkv": rng.standard_normal((2 * T, 3 * K), np.float32), "B": 2, "H": 1}
+        if norm:
+            inputs |= {f"{name}_{part}": (part == "weight") + rng.standard_normal(K, np.float32) / 9
+                       for name in "qk" for part in ("weight", "bias")}
+        emulated, dy = attention_bits(inputs, "bf16-emulated")
+        if "bf16" in promoe.backend_info()["computes"]:
+            for name, value in attention_bits(inputs, "bf16")[0].items():
+                np.testing.assert_array_equal(value, emulated[name], err_msg=f"{name}, K = {K}")
+        exact = cast({**inputs, "dy": dy}, np.float64)
+        truth = oracle("attention").backward(**exact)
+        del exact["dy"]
+        assert_near(emulated, oracle("attention").forward(**exact) | truth, cancels=0.1)
+
+
 @pytest.mark.parametrize("compute", [c for c in promoe.backend_info()["computes"] if c != "fp32"])
 def test_a_row_does_not_depend_on_how_many_share_the_call(compute):
     rng = np.random.default_rng(3)
@@ -209,6 +235,17 @@ def test_extreme_numbers_have_the_bits_of_the_emulation(centre):
     native = linear_bits({"x": x, "weight": weight}, dy, "bf16")
     for name, value in linear_bits({"x": x, "weight": weight}, dy, "bf16-emulated").items():
         np.testing.assert_array_equal(value, native[name], err_msg=name)
+
+
+@NATIVE
+@pytest.mark.parametrize("centre", [-140, -60, 0, 16, 40])
+def test_attention_of_extreme_numbers_has_the_bits_of_the_emulation(centre):
+    rng = np.random.default_rng(centre + 200)
+    qkv = np.ldexp(rng.standard_normal((70, 3 * 40)), centre + rng.integers(-6, 7, (70, 3 * 40))).astype(np.float32)
+    qkv[3, 5], qkv[9, 100] = np.inf, np.nan
+    native, emulated = (attention_bits({"qkv": qkv, "B": 2, "H": 1}, c)[0] for c in ("bf16", "bf16-emulated"))
+    for name, value in native.items():
+        np.testing.assert_array_equal(value, emulated[name], err_msg=name)
 
 
 @pytest.mark.parametrize("op, case", cases(REST))
