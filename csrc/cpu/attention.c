@@ -22,12 +22,13 @@ typedef struct {
     int64_t ld;
 } attention_piece;
 
-#define ATTENTION_PIECES 7 /* q, k, v, dy; dq, dk, dv */
+#define ATTENTION_PIECES 8 /* q, k, v, y, dy; dq, dk, dv */
 
 typedef struct {
     attention_piece piece[ATTENTION_PIECES];
     int64_t pieces, rows, bytes; /* of pieces; each; of a row */
     int64_t now, row, offset;    /* where it is */
+    int64_t lines;               /* a product by tiles of bf16 fetches at a time */
 } attention_ahead;
 
 /* Where to fetch so many lines from, at distance *step. */
@@ -58,7 +59,7 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
                                          int64_t ldb, float *c, int64_t ldc, bool add,             \
                                          const char *ahead, int64_t step)                          \
     {                                                                                              \
-        vf t[m][n];                                                                                \
+        vf t[m][2];                                                                                \
         const float *r[m];                                                                         \
         _Pragma("GCC unroll 16")                                                                   \
         for (int i = 0; i < m; i++) {                                                              \
@@ -83,14 +84,13 @@ static inline const char *attention_fetch(attention_ahead *f, int64_t lines, int
     }
 #define ATTENTION_STEP(m, n, at)                                                                   \
     {                                                                                              \
-        vf right[n];                                                                               \
-        for (int j = 0; j < n; j++)                                                                \
-            right[j] = v_load(b + j * PM_WIDTH);                                                   \
+        const vf b0 = v_load(b), b1 = v_load(b + (n - 1) * PM_WIDTH);                              \
         _Pragma("GCC unroll 16")                                                                   \
         for (int i = 0; i < m; i++) {                                                              \
-            const vf left = v_set(r[i][at]);                                                       \
-            for (int j = 0; j < n; j++)                                                            \
-                t[i][j] = v_fma(left, right[j], t[i][j]);                                          \
+            if (n == 2)                                                                            \
+                PRODUCT_ROW_fp32(i, t[i], r[i] + (at), b0, b1);                                    \
+            else                                                                                   \
+                t[i][0] = v_fma(v_set(r[i][at]), b0, t[i][0]);                                     \
         }                                                                                          \
     }
 #define ATTENTION_TILE_1(n, m) ATTENTION_TILE(m, n)
@@ -325,15 +325,29 @@ static inline void attention_normalise_backward(const attention_norm *norm, int6
     }
 }
 
-/* ---------------------------------------------------------------- tasks */
+/* m rows of q or k: as they are, or at room, through the LayerNorm, unless it has no weight. */
+static const float *attention_input(const attention_norm *norm, int64_t m, int64_t K,
+                                    const float *x, int64_t *ld, float *room, int64_t ld_room,
+                                    float *stats)
+{
+    if (!norm->weight)
+        return x;
+    attention_normalise(norm, m, K, x, *ld, 1.0f, room, ld_room, stats);
+    *ld = ld_room;
+    return room;
+}
+
+/* ---------------------------------------------------------------- heads */
 
 #define ATTENTION_FLOPS 1048576 /* of a task, at least: small heads are grouped */
 #define ATTENTION_TASKS 32      /* wanted: few heads are split by panels of queries (forward) */
 #define ATTENTION_SCORES 32768  /* of a block of queries: 128 KiB, in L2 (backward) */
+#define ATTENTION_SCORES_BF16 131072 /* the same of bf16: 256 KiB; deep blocks suit its tiles */
 
 typedef struct {
     const pm_attention_args *g;
     const pm_attention_grads *d;
+    product_kind kind;
     int64_t items, group; /* (image, head, part of the panels); items per task */
     int64_t panels;       /* of PM_NR queries, in a head */
     int64_t parts;        /* of the panels of a head */
@@ -352,53 +366,6 @@ static inline size_t attention_floats(int64_t n) { return pm_round64((size_t)n *
 static inline float *attention_take(void **scratch, int64_t n)
 {
     return pm_take(scratch, (size_t)n * sizeof(float));
-}
-
-static attention_job attention_plan(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
-{
-    const int64_t T = g->T, K = g->K, heads = g->B * g->H, flops = 4 * T * T * K;
-    attention_job j = {.g = g, .panels = pm_blocks(T, PM_NR), .parts = 1};
-    j.threads = pm_pool_threads(ctx->pool);
-    j.ldk = attention_pitch(K), j.ldt = attention_pitch(T);
-    j.scale = (float)(1.0 / sqrt((double)K));
-    j.q_norm = (attention_norm){g->q_weight, g->q_bias, (float)g->eps};
-    j.k_norm = (attention_norm){g->k_weight, g->k_bias, (float)g->eps};
-    if (!backward && heads && heads < ATTENTION_TASKS)
-        j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), j.panels));
-    j.items = heads * j.parts;
-    j.group = pm_max(1, ATTENTION_FLOPS / pm_max(1, flops / j.parts));
-    const int64_t most = pm_max(2, ATTENTION_SCORES / pm_max(1, T * PM_NR));
-    j.block = pm_blocks(j.panels, pm_max(1, pm_blocks(j.panels, most)));
-    const bool norm = g->q_weight;
-    if (!backward) {
-        j.head_bytes = attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v^T */
-        j.bytes = attention_floats(PM_NR * j.ldk) * norm;                         /* q */
-        j.bytes += 2 * attention_floats(K * PM_NR) + attention_floats(T * PM_NR); /* q^T, y^T; s */
-        j.bytes += j.parts == 1 ? j.head_bytes : 0;
-    } else {
-        const int64_t rows = j.block * PM_NR;
-        j.bytes = 2 * attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v; k^T */
-        j.bytes += attention_floats(rows * j.ldk) * norm;                        /* q */
-        j.bytes += attention_floats(2 * T) * 2 * norm;                           /* mean, rstd */
-        j.bytes += 3 * attention_floats(K * PM_NR);                 /* q^T, dy^T, dq^T */
-        j.bytes += 2 * attention_floats(T * attention_pitch(rows)); /* e, ds */
-        j.bytes += 2 * attention_floats(rows * j.ldk);              /* q, dy */
-        j.bytes += attention_floats(rows);                          /* 1 / sum */
-        j.bytes += 2 * attention_floats(T * j.ldk);                 /* dk, dv */
-        j.bytes += attention_floats(PM_NR * j.ldk);                 /* dq */
-    }
-    return j;
-}
-
-static size_t attention_workspace(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
-{
-    attention_job j = attention_plan(ctx, g, backward);
-    size_t bytes = j.bytes * (size_t)j.threads;
-    if (j.parts > 1)
-        bytes += j.head_bytes * (size_t)(g->B * g->H);
-    if (backward && g->q_weight)
-        bytes += attention_floats(g->B * g->H * 4 * j.ldk);
-    return bytes;
 }
 
 /* Adds rows of `pieces` matrices, side by side from x on (q, k, v: H*K apart), of head to a fetch. */
@@ -422,7 +389,37 @@ static int64_t attention_next(const attention_job *j, int64_t item)
     return next % j->group ? next : next + (j->threads - 1) * j->group;
 }
 
+/* Fetch for the head that comes next, while this one takes so many products of a tile's height. */
+static void attention_expect(attention_ahead *f, const attention_job *j, int64_t item,
+                             int64_t products)
+{
+    const int64_t next = attention_next(j, item);
+    f->rows = j->g->T;
+    if (next >= j->items)
+        return;
+    attention_fetch_rows(f, j, j->g->qkv, 3, next);
+    if (!j->d || j->kind != PM_FP32)
+        attention_fetch_rows(f, j, j->g->y, 1, next);
+    if (j->d)
+        attention_fetch_rows(f, j, j->d->dy, 1, next);
+    if (j->d && j->d->dqkv)
+        attention_fetch_rows(f, j, j->d->dqkv, 3, next);
+    f->lines = pm_blocks(f->pieces * f->rows * pm_blocks(f->bytes, 64), pm_max(1, products));
+}
+
 /* ---------------------------------------------------------------- forward */
+
+/* What softmax of the queries t .. t+m-1 of a head leaves behind: 1 / sum, and lse = max + log sum. */
+static void attention_sums(const attention_job *j, int64_t head, int64_t t, int64_t m,
+                           const float *max, const float *sum, float *inverse)
+{
+    const pm_attention_args *g = j->g;
+    for (int64_t i = 0; i < m; i += PM_WIDTH)
+        v_store(inverse + i, v_set(1.0f) / v_load(sum + i));
+    if (g->lse)
+        for (int64_t i = 0; i < m; i++)
+            g->lse[head * g->T + t + i] = max[i] + pm_log(sum[i]);
+}
 
 /* k in rows, scaled, and v^T of a head. */
 static void attention_prepare(const attention_job *j, int64_t head, float *k, float *vt)
@@ -443,7 +440,7 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
     const int64_t T = g->T, K = g->K, head = item / j->parts, part = item % j->parts;
     const int64_t b = head / g->H, h = head % g->H, ldy = g->H * K;
     const float *q_in = g->qkv + b * T * 3 * ldy + h * K;
-    attention_ahead ahead = {.rows = T};
+    attention_ahead ahead = {0};
 
     /* 1. k and v^T, unless they were made for all parts */
     void *own = j->parts == 1 ? scratch : j->heads + (size_t)head * j->head_bytes;
@@ -451,11 +448,7 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
     if (j->parts == 1) {
         scratch = own;
         attention_prepare(j, head, k, vt);
-        const int64_t next = attention_next(j, item);
-        if (next < j->items) {
-            attention_fetch_rows(&ahead, j, g->qkv, 3, next);
-            attention_fetch_rows(&ahead, j, g->y, 1, next);
-        }
+        attention_expect(&ahead, j, item, 1);
     }
 
     float *qt = attention_take(&scratch, K * PM_NR), *yt = attention_take(&scratch, K * PM_NR);
@@ -466,12 +459,9 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
         float inverse[PM_NR], max[PM_NR], sum[PM_NR];
 
         /* 2. q^T of the panel */
-        const float *q = q_in + t * 3 * ldy;
         int64_t ldq = 3 * ldy;
-        if (g->q_weight) {
-            attention_normalise(&j->q_norm, m, K, q, ldq, 1.0f, scratch, j->ldk, NULL);
-            q = scratch, ldq = j->ldk;
-        }
+        const float *q =
+            attention_input(&j->q_norm, m, K, q_in + t * ldq, &ldq, scratch, j->ldk, NULL);
         attention_transpose(m, K, q, ldq, NULL, qt, PM_NR, true);
 
         /* 3. s = k q^T / sqrt(K); e = exp(s - max) and its sum; lse = max + log sum */
@@ -480,48 +470,13 @@ static void attention_forward_item(const attention_job *j, int64_t item, void *s
             vf top, total = attention_softmax(T, s + i, PM_NR, &top);
             v_store(max + i, top);
             v_store(sum + i, total);
-            v_store(inverse + i, v_set(1.0f) / total);
         }
-        if (g->lse)
-            for (int64_t i = 0; i < m; i++)
-                g->lse[head * T + t + i] = max[i] + pm_log(sum[i]);
+        attention_sums(j, head, t, m, max, sum, inverse);
 
         /* 4. y^T = v^T e / sum */
         attention_product(K, m, T, vt, j->ldt, s, PM_NR, yt, PM_NR, false, &ahead);
         attention_transpose(K, m, yt, PM_NR, inverse, g->y + (b * T + t) * ldy + h * K, ldy, false);
     }
-}
-
-static void attention_forward_task(void *arg, int64_t task, int worker)
-{
-    const attention_job *j = arg;
-    const int64_t end = pm_min(j->items, (task + 1) * j->group);
-    for (int64_t item = task * j->group; item < end; item++)
-        attention_forward_item(j, item, j->scratch + (size_t)worker * j->bytes);
-}
-
-static void attention_prepare_task(void *arg, int64_t head, int worker)
-{
-    (void)worker;
-    const attention_job *j = arg;
-    void *own = j->heads + (size_t)head * j->head_bytes;
-    float *k = attention_take(&own, j->g->T * j->ldk);
-    attention_prepare(j, head, k, own);
-}
-
-static pm_status attention_forward(pm_ctx *ctx, const pm_attention_args *g, void *scratch)
-{
-    attention_job job = attention_plan(ctx, g, false);
-    const int64_t heads = g->B * g->H;
-    if (!g->T || !g->K)
-        return PM_OK;
-    if (job.parts > 1) {
-        job.heads = pm_take(&scratch, job.head_bytes * (size_t)heads);
-        pm_parallel(ctx->pool, heads, attention_prepare_task, &job);
-    }
-    job.scratch = scratch;
-    pm_parallel(ctx->pool, pm_blocks(job.items, job.group), attention_forward_task, &job);
-    return PM_OK;
 }
 
 /* ---------------------------------------------------------------- backward
@@ -552,6 +507,20 @@ static void attention_write(int64_t m, int64_t K, const float *x, int64_t ldx, f
             v_put(out + i * ldo + c, v_load(x + i * ldx + c), K - c);
 }
 
+/* dk and dv of a head, [T][ldk]: to where they belong. */
+static void attention_write_back(const attention_job *j, const float *dk, const float *dv,
+                                 const float *k_in, float *dk_out, float *slot,
+                                 const float *k_stats)
+{
+    const int64_t T = j->g->T, K = j->g->K, ldy = j->g->H * K;
+    if (slot)
+        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot + 2 * j->ldk, k_stats, 0);
+    else if (dk_out)
+        attention_write(T, K, dk, j->ldk, dk_out, 3 * ldy);
+    if (dk_out)
+        attention_write(T, K, dv, j->ldk, dk_out + ldy, 3 * ldy);
+}
+
 static void attention_backward_item(const attention_job *j, int64_t head, void *scratch)
 {
     const pm_attention_args *g = j->g;
@@ -563,14 +532,8 @@ static void attention_backward_item(const attention_job *j, int64_t head, void *
     float *slot = j->slots ? j->slots + head * 4 * ldk : NULL, *q_stats = NULL, *k_stats = NULL;
     float *q_rows = NULL;
 
-    attention_ahead ahead = {.rows = T};
-    const int64_t next = attention_next(j, head);
-    if (next < j->items) {
-        attention_fetch_rows(&ahead, j, g->qkv, 3, next);
-        attention_fetch_rows(&ahead, j, j->d->dy, 1, next);
-        if (dq_out)
-            attention_fetch_rows(&ahead, j, j->d->dqkv, 3, next);
-    }
+    attention_ahead ahead = {0};
+    attention_expect(&ahead, j, head, 1);
 
     /* 1. k, scaled, and v in rows for the scores and dp, k^T for dq */
     float *k = attention_take(&scratch, T * ldk), *v = attention_take(&scratch, T * ldk);
@@ -597,13 +560,9 @@ static void attention_backward_item(const attention_job *j, int64_t head, void *
     float *dk = attention_take(&scratch, T * ldk), *dv = attention_take(&scratch, T * ldk);
     for (int64_t first = 0; first < T; first += j->block * PM_NR) {
         const int64_t rows = pm_min(j->block * PM_NR, T - first);
-        const float *q = q_in + first * ldx;
         int64_t ldq = ldx;
-        if (g->q_weight) {
-            attention_normalise(&j->q_norm, rows, K, q, ldx, 1.0f, q_rows, ldk,
-                                q_stats + 2 * first);
-            q = q_rows, ldq = ldk;
-        }
+        const float *q = attention_input(&j->q_norm, rows, K, q_in + first * ldx, &ldq, q_rows, ldk,
+                                         q_stats + 2 * first);
         for (int64_t row = 0; row < rows; row += PM_NR) {
             const int64_t m = pm_min(PM_NR, rows - row), t = first + row;
             float *es = e + row, *dss = ds + row;
@@ -634,12 +593,103 @@ static void attention_backward_item(const attention_job *j, int64_t head, void *
         attention_product(T, K, rows, e, ld, dy_block, ldk, dv, ldk, first > 0, &ahead);
         attention_product(T, K, rows, ds, ld, q_block, ldk, dk, ldk, first > 0, &ahead);
     }
-    if (slot)
-        attention_finish(j, T, dk, k_in, dk_out, &j->k_norm, slot + 2 * ldk, k_stats, 0);
-    else if (dq_out)
-        attention_write(T, K, dk, ldk, dk_out, ldx);
-    if (dq_out)
-        attention_write(T, K, dv, ldk, dk_out + ldy, ldx);
+    attention_write_back(j, dk, dv, k_in, dk_out, slot, k_stats);
+}
+
+#include "attention_bf16.h"
+
+/* ---------------------------------------------------------------- tasks */
+
+static attention_job attention_plan(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
+{
+    const int64_t T = g->T, K = g->K, heads = g->B * g->H, flops = 4 * T * T * K;
+    attention_job j = {.g = g, .panels = pm_blocks(T, PM_NR), .parts = 1};
+    j.kind = product_kind_of(ctx);
+    j.threads = pm_pool_threads(ctx->pool);
+    j.ldk = attention_pitch(K), j.ldt = attention_pitch(T);
+    j.scale = (float)(1.0 / sqrt((double)K));
+    j.q_norm = (attention_norm){g->q_weight, g->q_bias, (float)g->eps};
+    j.k_norm = (attention_norm){g->k_weight, g->k_bias, (float)g->eps};
+    if (!backward && heads && heads < ATTENTION_TASKS)
+        j.parts = pm_max(1, pm_min(pm_blocks(ATTENTION_TASKS, heads), j.panels));
+    j.items = heads * j.parts;
+    j.group = pm_max(1, ATTENTION_FLOPS / pm_max(1, flops / j.parts));
+    const int64_t scores = j.kind == PM_FP32 ? ATTENTION_SCORES : ATTENTION_SCORES_BF16;
+    const int64_t most = pm_max(2, scores / pm_max(1, T * PM_NR));
+    j.block = pm_blocks(j.panels, pm_max(1, pm_blocks(j.panels, most)));
+    const bool norm = g->q_weight;
+    if (j.kind != PM_FP32) {
+        j.head_bytes = backward ? 0 : attention_rounded_head_bytes(&j);
+        j.bytes = backward ? attention_rounded_backward_bytes(&j)
+                           : attention_rounded_forward_bytes(&j);
+        j.bytes += j.parts == 1 ? j.head_bytes : 0;
+    } else if (!backward) {
+        j.head_bytes = attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v^T */
+        j.bytes = attention_floats(PM_NR * j.ldk) * norm;                         /* q */
+        j.bytes += 2 * attention_floats(K * PM_NR) + attention_floats(T * PM_NR); /* q^T, y^T; s */
+        j.bytes += j.parts == 1 ? j.head_bytes : 0;
+    } else {
+        const int64_t rows = j.block * PM_NR;
+        j.bytes = 2 * attention_floats(T * j.ldk) + attention_floats(K * j.ldt); /* k, v; k^T */
+        j.bytes += attention_floats(rows * j.ldk) * norm;                        /* q */
+        j.bytes += attention_floats(2 * T) * 2 * norm;                           /* mean, rstd */
+        j.bytes += 3 * attention_floats(K * PM_NR);                 /* q^T, dy^T, dq^T */
+        j.bytes += 2 * attention_floats(T * attention_pitch(rows)); /* e, ds */
+        j.bytes += 2 * attention_floats(rows * j.ldk);              /* q, dy */
+        j.bytes += attention_floats(rows);                          /* 1 / sum */
+        j.bytes += 2 * attention_floats(T * j.ldk);                 /* dk, dv */
+        j.bytes += attention_floats(PM_NR * j.ldk);                 /* dq */
+    }
+    return j;
+}
+
+static size_t attention_workspace(const pm_ctx *ctx, const pm_attention_args *g, bool backward)
+{
+    attention_job j = attention_plan(ctx, g, backward);
+    size_t bytes = j.bytes * (size_t)j.threads;
+    if (j.parts > 1)
+        bytes += j.head_bytes * (size_t)(g->B * g->H);
+    if (backward && g->q_weight)
+        bytes += attention_floats(g->B * g->H * 4 * j.ldk);
+    return bytes;
+}
+
+static void attention_forward_task(void *arg, int64_t task, int worker)
+{
+    const attention_job *j = arg;
+    const int64_t end = pm_min(j->items, (task + 1) * j->group);
+    for (int64_t item = task * j->group; item < end; item++)
+        (j->kind == PM_FP32 ? attention_forward_item : attention_forward_rounded)(
+            j, item, j->scratch + (size_t)worker * j->bytes);
+}
+
+static void attention_prepare_task(void *arg, int64_t head, int worker)
+{
+    const attention_job *j = arg;
+    void *own = j->heads + (size_t)head * j->head_bytes;
+    if (j->kind != PM_FP32) {
+        const attention_head to = attention_head_take(j, &own);
+        attention_prepare_rounded(j, head, to, (float *)(j->scratch + (size_t)worker * j->bytes));
+        return;
+    }
+    float *k = attention_take(&own, j->g->T * j->ldk);
+    attention_prepare(j, head, k, own);
+}
+
+static pm_status attention_forward(pm_ctx *ctx, const pm_attention_args *g, void *scratch)
+{
+    attention_job job = attention_plan(ctx, g, false);
+    const int64_t heads = g->B * g->H;
+    if (!g->T || !g->K)
+        return PM_OK;
+    if (job.parts > 1) {
+        job.heads = pm_take(&scratch, job.head_bytes * (size_t)heads);
+        job.scratch = scratch;
+        pm_parallel(ctx->pool, heads, attention_prepare_task, &job);
+    }
+    job.scratch = scratch;
+    pm_parallel(ctx->pool, pm_blocks(job.items, job.group), attention_forward_task, &job);
+    return PM_OK;
 }
 
 static void attention_backward_task(void *arg, int64_t task, int worker)
@@ -647,7 +697,8 @@ static void attention_backward_task(void *arg, int64_t task, int worker)
     const attention_job *j = arg;
     const int64_t end = pm_min(j->items, (task + 1) * j->group);
     for (int64_t item = task * j->group; item < end; item++)
-        attention_backward_item(j, item, j->scratch + (size_t)worker * j->bytes);
+        (j->kind == PM_FP32 ? attention_backward_item : attention_backward_rounded)(
+            j, item, j->scratch + (size_t)worker * j->bytes);
 }
 
 /* One parameter of the LayerNorms: the slots of all heads, in order. */

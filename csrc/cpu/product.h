@@ -111,34 +111,51 @@ static inline int64_t product_packed(product_kind kind, int64_t n, int64_t k)
     return product_panels(n) * PM_NR * product_words(kind, k);
 }
 
-/* Pairs of the rows i.. of a panel from the columns j of W, and zeros behind them. */
+/* t[j] = words of 2 PM_WIDTH numbers of row j of w. */
+static inline __attribute__((always_inline)) void product_words_of(bool native, const float *w,
+                                                                   int64_t ld, vf t[PM_WIDTH])
+{
+    _Pragma("GCC unroll 16")
+    for (int j = 0; j < PM_WIDTH; j++, w += ld) {
+        __builtin_prefetch(w + 8 * 16);
+        __builtin_prefetch(w + 9 * 16);
+        t[j] = v_words(native, v_load(w), v_load(w + PM_WIDTH));
+    }
+}
+
+/* A panel of pairs: its columns are n <= PM_NR rows of w, of k numbers each, and zeros behind them.
+ * Words are made before they are transposed, which is half the work. */
 static void product_pack_pairs(product_kind kind, int64_t n, int64_t k, const float *w, int64_t ld,
                                product_word *panel)
 {
-    int64_t i = 0;
-    if (n == PM_NR)
-        for (; i + PM_WIDTH <= k; i += PM_WIDTH)
-            for (int half = 0; half < PM_NR; half += PM_WIDTH) {
-                vf t[PM_WIDTH];
-                for (int j = 0; j < PM_WIDTH; j++) {
-                    const float *from = w + (half + j) * ld + i;
-                    __builtin_prefetch(from + 8 * 16);
-                    t[j] = v_load(from);
-                }
+    const bool native = product_native(kind);
+    const int64_t words = product_words(kind, k);
+    for (int64_t i = 0; i < words; i += PM_WIDTH)
+        for (int half = 0; half < PM_NR; half += PM_WIDTH) {
+            const int64_t left = k - 2 * i, rows = pm_min(PM_WIDTH, words - i);
+            const float *from = w + half * ld + 2 * i;
+            product_word *to = panel + i * PM_NR + half;
+            vf t[PM_WIDTH];
+            if (left >= 2 * PM_WIDTH && n - half >= PM_WIDTH) {
+                if (native)
+                    product_words_of(true, from, ld, t);
+                else
+                    product_words_of(false, from, ld, t);
                 v_transpose(t);
-                for (int j = 0; j < PM_WIDTH; j += 2)
-                    v_store(panel + (i + j) / 2 * PM_NR + half,
-                            v_pairs(product_native(kind), t[j], t[j + 1]));
+                _Pragma("GCC unroll 16")
+                for (int j = 0; j < PM_WIDTH; j++)
+                    v_store(to + j * PM_NR, t[j]);
+                continue;
             }
-    for (; i < 2 * product_words(kind, k); i += 2)
-        for (int64_t j0 = 0; j0 < PM_NR; j0 += PM_WIDTH) {
-            float low[PM_WIDTH] = {0}, high[PM_WIDTH] = {0};
-            for (int64_t j = 0; j < pm_min(PM_WIDTH, n - j0); j++) {
-                low[j] = i < k ? w[(j0 + j) * ld + i] : 0.0f;
-                high[j] = i + 1 < k ? w[(j0 + j) * ld + i + 1] : 0.0f;
+            for (int j = 0; j < PM_WIDTH; j++, from += ld) {
+                const int64_t there = j < n - half ? left : 0;
+                t[j] =
+                    v_words(native, there > 0 ? v_get(from, there) : v_zero(),
+                            there > PM_WIDTH ? v_get(from + PM_WIDTH, there - PM_WIDTH) : v_zero());
             }
-            v_store(panel + i / 2 * PM_NR + j0,
-                    v_pairs(product_native(kind), v_load(low), v_load(high)));
+            v_transpose(t);
+            for (int j = 0; j < rows; j++)
+                v_store(to + j * PM_NR, t[j]);
         }
 }
 

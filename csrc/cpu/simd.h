@@ -190,6 +190,25 @@ static inline vf v_pairs(bool native, vf low, vf high)
     return (vf)(v_round_bf16(low) | (v_round_bf16(high) << 16));
 }
 
+/* The same of neighbours: first and second are 2 PM_WIDTH numbers in a row. */
+#if PM_WIDTH == 16
+#define V_EVEN ((vi){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30})
+#elif PM_WIDTH == 8
+#define V_EVEN ((vi){0, 2, 4, 6, 8, 10, 12, 14})
+#else
+#define V_EVEN ((vi){0, 2, 4, 6})
+#endif
+static inline vf v_words(bool native, vf first, vf second)
+{
+#if PM_HAS_BF16
+    if (native)
+        return (vf)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#endif
+    return v_pairs(native, __builtin_shuffle(first, second, V_EVEN),
+                   __builtin_shuffle(first, second, V_EVEN + 1));
+}
+#undef V_EVEN
+
 /* Stores PM_WIDTH bf16 at to. */
 static inline void v_store_bf16(bool native, void *to, vf x)
 {
@@ -201,6 +220,32 @@ static inline void v_store_bf16(bool native, void *to, vf x)
 #endif
     (void)native;
     *(vs_loose *)to = __builtin_convertvector(v_round_bf16(x), vs);
+}
+
+/* The same of two vectors, to two places. */
+static inline void v_store_bf16_two(bool native, void *to, void *to_second, vf x, vf second)
+{
+#if PM_HAS_BF16
+    if (native) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)x);
+        _mm256_storeu_si256(to, _mm512_castsi512_si256(both));
+        _mm256_storeu_si256(to_second, _mm512_extracti64x4_epi64(both, 1));
+        return;
+    }
+#endif
+    v_store_bf16(native, to, x);
+    v_store_bf16(native, to_second, second);
+}
+
+/* x rounded to bf16. */
+static inline vf v_rounded(bool native, vf x)
+{
+#if PM_HAS_BF16
+    if (native)
+        return (vf)((vi)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)) << 16);
+#endif
+    (void)native;
+    return (vf)(v_round_bf16(x) << 16);
 }
 
 /* The instructions take denormals for zero and make none. An emulation runs between these two. */

@@ -147,3 +147,75 @@ def test_same_bits_for_any_thread_count(case):
         results.append({**outs, **grads})
     for name, value in results[0].items():
         np.testing.assert_array_equal(value, results[1][name], err_msg=name)
+
+
+# ---------------------------------------------------------------- bf16
+
+
+def bf16(x):
+    """To the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+
+
+def rounded(qkv, B, H, dy, q_weight=None, q_bias=None, k_weight=None, k_bias=None, eps=1e-5, exact=()):
+    """y, lse and dqkv (before the LayerNorm) in float64, with operands rounded as csrc/cpu/attention_bf16.h says, except
+    those named in `exact`."""
+    def operand(name, x):
+        return x if name in exact else bf16(x)
+
+    T, K = qkv.shape[0] // B, qkv.shape[1] // (3 * H)
+    scale, dy = np.float32(1 / np.sqrt(K)), dy.reshape(B, T, H, K)
+    y, lse, dqkv = np.empty((B, T, H, K)), np.empty((B, H, T)), np.empty((B, T, 3, H, K))
+    for b, h, q, k, v in oracle._heads(qkv.astype(np.float64), B, H):
+        if q_weight is not None:
+            q, k = oracle._layernorm(q, q_weight, q_bias, eps)[0], oracle._layernorm(k, k_weight, k_bias, eps)[0]
+        q_, k_, v_, up = operand("q", q), operand("k", k), operand("v", v), operand("dy", dy[b, :, h])
+        s = q_ @ operand("k", k * scale).T
+        top = s.max(axis=1, keepdims=True)
+        e = np.exp(s - top)
+        z = e.sum(axis=1, keepdims=True)
+        y[b, :, h], lse[b, h] = operand("e", e) @ v_ / z, (top + np.log(z))[:, 0]
+        p = e / z
+        ds = operand("ds", p * scale * (up @ v_.T - (up * y[b, :, h]).sum(axis=1, keepdims=True)))
+        dqkv[b, :, 0, h], dqkv[b, :, 1, h], dqkv[b, :, 2, h] = ds @ k_, ds.T @ q_, operand("p", p).T @ up
+    return {"y": y, "lse": lse, "dqkv": dqkv}
+
+
+ROUNDED = ["T=33 K=64", "T=70 K=72", "T=70 K=64", "six heads", "row blocks", "head of 40", "head of 128"]
+
+
+@pytest.mark.parametrize("compute", [c for c in promoe.backend_info()["computes"] if c != "fp32"])
+@pytest.mark.parametrize("case", ROUNDED)
+def test_bf16_rounds_every_operand_and_nothing_else(case, compute):
+    """As products of rounded operands are, and not as they are where one of the operands is exact."""
+    inputs = make("attention", case)
+    outs = ops.attention_forward(**inputs, compute=compute)
+    dy = np.random.default_rng(1).standard_normal(outs["y"].shape).astype(np.float32)
+    got = {**outs, **ops.attention_backward(**inputs, **outs, dy=dy, compute=compute)}
+
+    def far(**exact):
+        """Of each array: the distance to the rounded truth, of q, k and v by themselves."""
+        truth = rounded(**inputs, dy=dy, **exact)
+        parts = {name: (got[name].reshape(truth[name].shape), truth[name]) for name in ("y", "lse")}
+        mine = got["dqkv"].reshape(truth["dqkv"].shape)
+        parts |= {f"d{name}": (mine[:, :, i], truth["dqkv"][:, :, i]) for i, name in enumerate("qkv")}
+        return {name: np.linalg.norm(a - b) / np.linalg.norm(b) for name, (a, b) in parts.items()}
+
+    # float32 sums lead to another rounding now and then; a rounding left out moves the array behind it by 2^-10 or more
+    assert max(far().values()) < 3e-4
+    for name in ("q", "k", "v", "e", "dy", "p", "ds"):
+        assert max(far(exact=[name]).values()) > 1e-3, name
+
+
+@pytest.mark.parametrize("case", ["T=33 K=64", "T=70 K=72 norm", "many small heads norm", "row blocks norm"])
+def test_bf16_has_the_same_bits_for_any_thread_count(case):
+    inputs = make("attention", case)
+    results = []
+    for threads in (1, 2):
+        promoe.set_num_threads(threads)
+        outs = ops.attention_forward(**inputs, compute="bf16-emulated")
+        dy = np.random.default_rng(4).standard_normal(outs["y"].shape).astype(np.float32)
+        results.append({**outs, **ops.attention_backward(**inputs, **outs, dy=dy, compute="bf16-emulated")})
+    for name, value in results[0].items():
+        np.testing.assert_array_equal(value, results[1][name], err_msg=name)
