@@ -68,19 +68,19 @@ static inline __attribute__((always_inline)) void twin_columns_of(product_kind k
         else
             twin_square(kind, false, n, D - i, rows - i, w + i, D, to + i / per * PM_NR);
 
+    /* A row at a time: the halves of a line are streamed one after the other. */
     const int64_t words = product_words(kind, t->F), deep = pm_min(TWIN_ROWS, words * per - f);
-    for (int64_t j = c; j < pm_min(end, twin_width(D)); j += PM_WIDTH) {
-        to = t->backward + j / PM_NR * PM_NR * words + f / per * PM_NR + j % PM_NR;
-        const int64_t left = D - j;
-        for (int64_t i = 0; i < deep; i += per, to += PM_NR) {
+    for (int64_t i = 0; i < deep; i += per)
+        for (int64_t j = c; j < pm_min(end, twin_width(D)); j += PM_WIDTH) {
+            const int64_t left = D - j;
             const float *from = w + i * D + j;
             vf x = left > 0 && i < n ? v_get(from, left) : v_zero();
             if (per == 2)
                 x = v_pairs(product_native(kind), x,
                             left > 0 && i + 1 < n ? v_get(from + D, left) : v_zero());
-            v_stream(to, x);
+            v_stream(t->backward + j / PM_NR * PM_NR * words + (f + i) / per * PM_NR + j % PM_NR,
+                     x);
         }
-    }
 }
 
 /* Columns c.. of the strip at row f: multiples of TWIN_COLUMNS, below twin_width, and TWIN_ROWS, below
