@@ -65,6 +65,8 @@ template <int COUNT> struct spread<COUNT, 0> {
     static __device__ __forceinline__ void sum(float *, int, int *, bool *) {}
 };
 
+// blockIdx.y is the pass over the prototypes. A loop over passes would hold what follows from the lane alone
+// through the columns, and spill.
 template <class T, bool WIDE>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     forward_kernel(int64_t N, int64_t D, int64_t E, const T *__restrict__ x,
@@ -81,65 +83,69 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     for (int r = 0; r < TOKENS; r++)
         routable |= (unsigned)is_routable(part, n0 + r, N) << r;
     const int columns = routable ? (int)D : 0;
-    float a[TOKENS] = {};
-    for (int64_t i0 = 0; i0 < E; i0 += PROTOS) {
-        const int here = (int)min(E - i0, (int64_t)PROTOS);
-        float dot[TOKENS * PROTOS] = {}, square[TOKENS] = {};
-        for (int d0 = 0; d0 < columns; d0 += COLUMNS) {
-            const int d = d0 + 4 * lane;
-            pm_quad<T> u[TOKENS];
+    const T *const tokens = x + n0 * D;
+    const int64_t i0 = (int64_t)blockIdx.y * PROTOS;
+    const int here = (int)min(E - i0, (int64_t)PROTOS);
+    const float *const rows = proto + i0 * D;
+    float dot[TOKENS * PROTOS] = {}, square[TOKENS] = {}, a[TOKENS];
+    pm_quad<T> next[TOKENS]; // under way while those before are multiplied
 #pragma unroll
-            for (int r = 0; r < TOKENS; r++)
-                u[r] = load_quad<WIDE>(x + (n0 + r) * D, d, D, routable >> r & 1);
-            const float *row = proto + i0 * D;
+    for (int r = 0; r < TOKENS; r++)
+        next[r] = load_quad<WIDE>(tokens + r * (int)D, 4 * lane, columns, routable >> r & 1);
+    for (int d0 = 0; d0 < columns; d0 += COLUMNS) {
+        const int d = d0 + 4 * lane;
+        four u[TOKENS];
 #pragma unroll
-            for (int i = 0; i < PROTOS; i++, row += D) {
-                const four p = i < here ? load_four<WIDE>(row, d, D) : four{};
+        for (int r = 0; r < TOKENS; r++) {
 #pragma unroll
-                for (int r = 0; r < TOKENS; r++)
-#pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        dot[r * PROTOS + i] = fmaf(u[r][k], p.v[k], dot[r * PROTOS + i]);
+            for (int k = 0; k < 4; k++) {
+                u[r].v[k] = next[r][k];
+                square[r] = fmaf(u[r].v[k], u[r].v[k], square[r]);
             }
+            next[r] = load_quad<WIDE>(tokens + r * (int)D, d + COLUMNS, columns, routable >> r & 1);
+        }
+#pragma unroll
+        for (int i = 0; i < PROTOS; i++) {
+            const pm_quad<float> p = load_quad<WIDE>(rows + i * (int)D, d, columns, i < here);
 #pragma unroll
             for (int r = 0; r < TOKENS; r++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    square[r] = fmaf(u[r][k], u[r][k], square[r]);
+                    dot[r * PROTOS + i] = fmaf(u[r].v[k], p[k], dot[r * PROTOS + i]);
         }
-        if (i0 == 0)
+    }
 #pragma unroll
-            for (int r = 0; r < TOKENS; r++) {
-                const float norm = sqrtf(pm_warp_sum(square[r]));
-                a[r] = cosine_inverse(norm);
-                if (xnorm && lane == 0 && n0 + r < N)
-                    xnorm[n0 + r] = norm;
-            }
-        using sums = spread<TOKENS * PROTOS>;
-        int first = 0;
-        bool own = true;
-        sums::sum(dot, lane, &first, &own);
+    for (int r = 0; r < TOKENS; r++) {
+        const float norm = sqrtf(pm_warp_sum(square[r]));
+        a[r] = cosine_inverse(norm);
+        if (i0 == 0 && xnorm && lane == 0 && n0 + r < N)
+            xnorm[n0 + r] = norm;
+    }
+    using sums = spread<TOKENS * PROTOS>;
+    int first = 0;
+    bool own = true;
+    sums::sum(dot, lane, &first, &own);
 #pragma unroll
-        for (int j = 0; j < sums::LEFT; j++) {
-            const int r = (first + j) / PROTOS;
-            const int64_t i = i0 + (first + j) % PROTOS;
-            if (!own || n0 + r >= N || i >= E)
-                continue;
-            float inverse = a[0];
+    for (int j = 0; j < sums::LEFT; j++) {
+        const int r = (first + j) / PROTOS;
+        const int64_t i = i0 + (first + j) % PROTOS;
+        if (!own || n0 + r >= N || i >= E)
+            continue;
+        float inverse = a[0];
 #pragma unroll
-            for (int q = 1; q < TOKENS; q++)
-                inverse = r == q ? a[q] : inverse;
-            z[(n0 + r) * E + i] = routable >> r & 1 ? dot[j] * (inverse * cosine_inverse(pnorm[i]))
-                                                    : 0.0f;
-        }
+        for (int q = 1; q < TOKENS; q++)
+            inverse = r == q ? a[q] : inverse;
+        z[(n0 + r) * E + i] = routable >> r & 1 ? dot[j] * (inverse * cosine_inverse(pnorm[i]))
+                                                : 0.0f;
     }
 }
 
 template <class T, bool WIDE>
 pm_status forward(pm_ctx *ctx, const pm_prototypical_routing_args *g, const float *pnorm)
 {
-    PM_RUN(ctx, (forward_kernel<T, WIDE>), pm_blocks(g->N, TOKENS * WARPS), 32 * WARPS, 0, g->N,
-           g->D, g->E, static_cast<const T *>(g->x), g->proto, g->part, pnorm, g->z, g->xnorm);
+    const dim3 grid(pm_blocks(g->N, TOKENS * WARPS), pm_blocks(g->E, PROTOS));
+    PM_RUN(ctx, (forward_kernel<T, WIDE>), grid, 32 * WARPS, 0, g->N, g->D, g->E,
+           static_cast<const T *>(g->x), g->proto, g->part, pnorm, g->z, g->xnorm);
     return PM_OK;
 }
 
