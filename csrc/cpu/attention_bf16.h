@@ -28,7 +28,7 @@ static void attention_multiply(product_kind kind, int64_t m, int64_t words, cons
 {
 #if PM_HAS_AMX
     if (product_is_amx(kind)) {
-        const product_amx_fetch none = {{(const char *)panel, (const char *)panel}, 0};
+        const product_amx_fetch none = {.at = {(const char *)panel, (const char *)panel}};
         for (int64_t i = 0; i < m; i += PRODUCT_AMX_SIDE) {
             const product_word *x = a + i * lda;
             const product_amx_left left = {
