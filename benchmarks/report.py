@@ -134,15 +134,15 @@ def scaling_table(points):
     return _table(["", "parameters", "training, an image", "a token", "% of floor", "update"], rows)
 
 
-def markdown(held):
-    """All tables of a result file."""
+def markdown(held, every_op=True):
+    """All tables of a result file; that of the ops is long."""
     parts = [machine_line(held)]
     steps = held.get("steps", {})
     if steps:
         parts += [step_table(steps), small_table(steps), guided_table(steps)]
     for section, table in (("official", official_table), ("threads", threads_table), ("scaling", scaling_table),
                            ("ops", ops_table)):
-        if held.get(section):
+        if held.get(section) and (every_op or section != "ops"):
             parts.append(table(held[section]))
     text = "\n\n".join(part for part in parts if part)
     return text + ("\n\n\\* The machine was not steady: the peaks around a round differed by more than 10 %.\n"
@@ -251,7 +251,7 @@ def main():
     text = markdown(held)
     print(text, end="")
     if a.into:
-        put_into(a.into, text)
+        put_into(a.into, markdown(held, every_op=False))
     if a.images:
         for path in pictures(held, a.images):
             print(f"written: {path}", file=sys.stderr)
