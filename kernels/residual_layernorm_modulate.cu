@@ -238,6 +238,8 @@ __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(FORWARD_WARPS, th
 }
 
 // d.dgate, d.dshift, d.dscale: NULL where there is no such sum. slots: [3][chunks of all images][D].
+// For sm_80 ptxas spills 16 bytes of bf16 at widths of 384, 768 and 1152: the bound of registers is
+// what BACKWARD_WARPS on an SM leave, and those are worth more.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(threads_of(WIDTH), blocks_of(BACKWARD_WARPS, threads_of(WIDTH)))
     backward_kernel(arguments g, gradients d, unsigned chunks, float *__restrict__ slots,
