@@ -139,8 +139,8 @@ template <class T> PM_DEVICE bool pm_aligned(const T *p, int64_t ld)
 // lines of two matrices side by side, the first half of EXTENT lines 0, 1, .. and the second half
 // their partners; extent counts pairs.
 //
-// Copies compete with the products for the issue of instructions: at 225 of them a warp and step the
-// tensor cores of an H200 were busy 37 % of the time. So where a step is whole (all but the last
+// Copies compete with the products for the issue of instructions: at some 225 of them a warp and step
+// the tensor cores of an H200 were busy 37 % of the time. So where a step is whole (all but the last
 // one, or the tiles at the edge) a copy is three: an address by one multiply-add of 32 x 32 bits,
 // whether its line is there, and the copy, to a place that is a constant beyond the first one.
 template <class S, int EXTENT, bool MINOR, bool PAIRED = false> struct pm_loader {

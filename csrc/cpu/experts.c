@@ -316,14 +316,14 @@ static void experts_forward_rows(const experts_job *job, const experts_group *e,
     up.bias = e->up_bias;
     up.pre = pre;
     if (job->halves == 2) {
-        experts_gate gate = {e->up_bias, h + m * up.ld, up.ld}; /* behind h */
+        experts_out gate = {h + m * up.ld, up.ld, e->up_bias, NULL, false}; /* behind h */
         if (pre)
-            gate = (experts_gate){e->up_bias, pre, e->ld_pre};
-        product_block(job->kind, m, x, D, F, e->up[0], 0, panels, experts_gate_tile, &gate,
-                      (product_target){gate.gate, gate.ld});
+            gate.out = pre, gate.ld = e->ld_pre;
+        product_block(job->kind, m, x, D, F, e->up[0], 0, panels, experts_out_tile, &gate,
+                      (product_target){gate.out, gate.ld});
         up.bias = e->up_bias ? e->up_bias + F : NULL;
         up.pre = pre ? pre + F : NULL;
-        up.gate = gate.gate;
+        up.gate = gate.out;
         up.ld_gate = gate.ld;
         finish = experts_pair_tile;
     }

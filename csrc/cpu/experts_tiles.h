@@ -1,10 +1,11 @@
 /* experts_tiles.h: what experts.c does with the finished tiles of its products. A part of it. */
 
-/* out (=, or += when add) weight * (tile + bias): the end of a product that goes to rows of D. */
+/* out (=, or += when add) weight * (tile + bias): the end of a product that goes to rows, of D numbers
+ * or (swiglu's gate, for experts_pair_tile) of F. */
 typedef struct {
-    float *out; /* (rows, D) */
+    float *out; /* (rows, D or F) */
     int64_t ld;
-    const float *bias;   /* (D), or NULL */
+    const float *bias;   /* (D or F), or NULL */
     const float *weight; /* (rows), or NULL */
     bool add;
 } experts_out;
@@ -46,7 +47,7 @@ typedef struct {
     bool far;
     product_word *h; /* (rows) left operands of F numbers */
     int64_t ld_pre, ld;
-    const float *gate; /* swiglu, (rows, F): what experts_gate_tile left */
+    const float *gate; /* swiglu, (rows, F): tile + bias of the gate's product */
     int64_t ld_gate;
 } experts_up;
 
@@ -76,25 +77,6 @@ static inline void experts_up_tile(void *arg, int64_t row0, int m, int64_t col0,
                 experts_keep(t, row0 + i, col0 + j, n - j, x);
             experts_put(t->kind, t->h + (row0 + i) * t->ld, col0 + j, v_gelu(x));
         }
-    }
-}
-
-/* swiglu, the gate: tile + bias, kept for experts_pair_tile. */
-typedef struct {
-    const float *bias; /* (F), or NULL */
-    float *gate;       /* (rows, F) */
-    int64_t ld;
-} experts_gate;
-
-static inline void experts_gate_tile(void *arg, int64_t row0, int m, int64_t col0, int64_t n,
-                                     float *tile)
-{
-    const experts_gate *t = arg;
-    for (int64_t j = 0; j < n; j += PM_WIDTH) {
-        vf bias = t->bias ? v_get(t->bias + col0 + j, n - j) : v_zero();
-        for (int i = 0; i < m; i++)
-            v_put(t->gate + (row0 + i) * t->ld + col0 + j, v_load(tile + i * PM_NR + j) + bias,
-                  n - j);
     }
 }
 
